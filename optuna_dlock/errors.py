@@ -1,0 +1,95 @@
+"""Every error this package raises: one small tree under `DLockError`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna.exceptions as optuna_exceptions
+
+# Optuna has this class since 4.3; before, the contract was a bare RuntimeError.
+_UpdateFinishedTrialError: type[RuntimeError] = getattr(
+    optuna_exceptions, "UpdateFinishedTrialError", RuntimeError
+)
+
+
+class DLockError(Exception):
+    """Base of all errors of this package.
+
+    Keyword arguments become attributes, and the whole error survives pickling.
+    """
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self._fields = fields
+        self.__dict__.update(fields)
+
+    def __str__(self) -> str:  # KeyError would show the repr of its message
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self._fields)
+
+
+def _rebuild(cls: type[DLockError], message: str, fields: dict[str, Any]) -> DLockError:
+    return cls(message, **fields)
+
+
+class InvalidURLError(DLockError, ValueError):
+    """A storage URL that cannot be understood. Field: `url` (without password)."""
+
+
+class StorageUnavailableError(DLockError, ConnectionError):
+    """The server did not answer for `timeout` seconds. Fields: `address`, `timeout`."""
+
+
+class AccessDeniedError(DLockError, PermissionError):
+    """Wrong password, or a user that may not run a needed command. Field: `address`."""
+
+
+class ServerConfigurationError(DLockError):
+    """A server this package must not work on (it evicts keys, its memory is full). Field: `address`."""
+
+
+class DataLostError(DLockError):
+    """The server lost acknowledged data, e.g. it restarted without persistence. Field: `address`."""
+
+
+class CorruptRecordError(DLockError, ValueError):
+    """Something unreadable or foreign stands under one of our keys. Field: `key`."""
+
+
+class StudyNotFoundError(DLockError, KeyError):
+    """No such study."""
+
+
+class TrialNotFoundError(DLockError, KeyError):
+    """No such trial."""
+
+
+class StudyExistsError(DLockError, optuna_exceptions.DuplicatedStudyError):
+    """A study of this name exists. Field: `study_name`."""
+
+
+class FinishedTrialError(DLockError, _UpdateFinishedTrialError):
+    """A finished trial was to be changed. Field: `trial_id`."""
+
+
+class IncompatibleDistributionError(DLockError, ValueError):
+    """A parameter has another kind of distribution in this study. Field: `param_name`."""
+
+
+class NotSerializableError(DLockError, TypeError):
+    """An attribute that JSON cannot express. Field: `key`."""
+
+
+class LockError(DLockError):
+    """Base of the errors of `storage.lock(...)`. Field: `name`."""
+
+
+class LockNotAcquiredError(LockError, TimeoutError):
+    """The lock was not acquired in time. Fields: `name`, `timeout`, `holder`, `held_for` (seconds)."""
+
+
+class LockLostError(LockError):
+    """The lock's lease ran out before it was renewed or released. Fields: `name`, `token`."""
