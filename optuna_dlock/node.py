@@ -1,0 +1,405 @@
+"""One connection to one server: calls that wait, writes whose replies are read later, retries.
+
+A node is used by all threads of a process, under one lock, over one connection: what a thread wrote
+earlier is on the wire before what any thread asks later, so a read sees every write of this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import hiredis
+import redis
+import redis.exceptions as redis_errors
+
+from optuna_dlock.errors import (
+    AccessDeniedError,
+    CorruptRecordError,
+    DLockError,
+    ServerConfigurationError,
+    StorageUnavailableError,
+)
+from optuna_dlock.retry import Backoff
+from optuna_dlock.scripts import Script, all_scripts
+
+Argument = str | bytes | int
+Packed = bytes
+
+_logger = logging.getLogger(__name__)
+# A deferred write is collected by the next call that waits; past this many, posting waits for it.
+MAX_OUTSTANDING = 1000
+# Refusals that pass by themselves: the server is loading, a failover is under way, a script runs long.
+_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "UNKILLABLE")
+_DENIED = ("WRONGPASS", "NOAUTH", "NOPERM")
+_PASSING_ERRORS = (
+    redis_errors.NoScriptError,
+    redis_errors.BusyLoadingError,
+    redis_errors.ReadOnlyError,
+    redis_errors.MasterDownError,
+    redis_errors.ClusterDownError,
+    redis_errors.TryAgainError,
+)
+_LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
+
+
+class Connection(Protocol):
+    """The part of redis-py's Connection that is used here; fakeredis has it too."""
+
+    def connect(self) -> None: ...
+    def disconnect(self) -> None: ...
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None: ...
+    def read_response(self, disable_decoding: bool = False) -> Any: ...
+
+
+class Post:
+    """A write that was sent and whose reply is still to be read.
+
+    Attributes:
+        expected: The reply that says that all is as the sender thought.
+        settle: Called with any other reply.
+    """
+
+    __slots__ = ("args", "expected", "keys", "script", "settle")
+
+    def __init__(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        args: list[Argument],
+        expected: int,
+        settle: Callable[[Any], None],
+    ) -> None:
+        self.script = script
+        self.keys = keys
+        self.args = args  # the last one is the sequence number, see Node.post
+        self.expected = expected
+        self.settle = settle
+
+
+class Node:
+    """One server, as one process sees it.
+
+    Args:
+        make_connection: Gives a new, not yet connected connection.
+        address: How the server is named in messages; never a password.
+        timeout: Seconds for which a call goes on trying while the server is away.
+        on_connect: Called with the node after each connect, to check what it is connected to.
+        backoff: Makes the waits between tries.
+    """
+
+    def __init__(
+        self,
+        make_connection: Callable[[], Connection],
+        address: str,
+        timeout: float,
+        on_connect: Callable[[Node], None] | None = None,
+        backoff: Callable[[float], Backoff] = Backoff,
+    ) -> None:
+        self.address = address
+        self.timeout = timeout
+        self.lock = threading.RLock()
+        self.waits = 0  # round trips waited for, which the budget tests count
+        self._make_connection = make_connection
+        self._on_connect = on_connect
+        self._backoff = backoff
+        self._connection: Connection | None = None
+        self._checking = False
+        self._outstanding: deque[Post] = deque()
+        self._sequence = 0
+        _forget_in_children(self)
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def next_sequence(self) -> int:
+        """A number that rises with every operation of this client; the server refuses repeats by it."""
+        self._sequence += 1
+        return self._sequence
+
+    def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument] = ()) -> Any:
+        """Run a script and return its reply, retrying while the server is away.
+
+        Raises:
+            StorageUnavailableError: If there is no answer within `timeout`.
+            AccessDeniedError, ServerConfigurationError, CorruptRecordError: What retrying cannot mend.
+        """
+        return self.run_many(script, [(keys, args)])[0]
+
+    def run_many(
+        self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
+    ) -> list[Any]:
+        """Run one script several times in one round trip; the replies in order."""
+        return self._ask(
+            [_pack(script, keys, args) for keys, args in calls], lambda index: calls[index][0]
+        )
+
+    def command(self, *args: Argument) -> Any:
+        """Run a plain command and return its reply."""
+        return self._ask([hiredis.pack_command(args)], lambda _: [str(a) for a in args[1:2]])[0]
+
+    def commands(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Run several plain commands in one round trip."""
+        return self._ask(
+            [hiredis.pack_command(tuple(args)) for args in commands],
+            lambda index: [str(a) for a in commands[index][1:2]],
+        )
+
+    def post(self, post: Post) -> None:
+        """Send a write now, read its reply with the next call that waits.
+
+        The last argument of the script is the sequence number: a resend after a broken connection
+        carries the same one and is executed once (G6).
+        """
+        with self.lock:
+            self._outstanding.append(post)
+            if len(self._outstanding) > MAX_OUTSTANDING:
+                self.collect()
+                return
+            if self._connection is None:
+                return  # sent, in order, with the next call that connects
+            try:
+                self._connection.send_packed_command(
+                    (_pack(post.script, post.keys, post.args),), check_health=False
+                )
+            except _LOST as error:
+                self._drop_connection(error)
+
+    def collect(self) -> None:
+        """Wait for the replies of all posts."""
+        if self._outstanding:
+            self._ask([], lambda _: [])
+
+    @property
+    def outstanding(self) -> int:
+        """Number of posts whose replies were not read yet."""
+        return len(self._outstanding)
+
+    # -- the one loop ----------------------------------------------------------------------------
+
+    def _ask(self, packed: list[Packed], keys_of: Callable[[int], Sequence[str]]) -> list[Any]:
+        with self.lock:
+            waiting: Backoff | None = None
+            while True:
+                try:
+                    replies = self._exchange(packed)
+                    problem = self._passing_problem(replies, keys_of)
+                    if problem is None:
+                        return replies
+                except redis_errors.AuthenticationError as error:  # redis-py counts it as a ConnectionError
+                    self.close()
+                    raise self._final(error, []) from None
+                except _LOST as error:
+                    self._drop_connection(error)
+                    problem = error
+                if isinstance(problem, redis_errors.NoScriptError):
+                    self._drop_connection(problem)  # connecting loads the scripts
+                if waiting is None:
+                    waiting = self._backoff(self.timeout)
+                if not waiting.wait():
+                    raise StorageUnavailableError(
+                        f"{self.address} did not answer for {self.timeout:g} s "
+                        f"({type(problem).__name__}: {problem}); is the server up and reachable?",
+                        address=self.address,
+                        timeout=self.timeout,
+                    ) from problem
+
+    def _exchange(self, packed: list[Packed]) -> list[Any]:
+        connection = self._connection or self._connect()
+        if packed:
+            connection.send_packed_command(packed, check_health=False)
+        self.waits += 1
+        if self._outstanding:
+            self._read_outstanding(connection)
+        return [self._read(connection) for _ in packed]
+
+    def _read(self, connection: Connection) -> Any:
+        try:
+            return connection.read_response(disable_decoding=True)
+        except redis_errors.ResponseError as error:
+            return error
+
+    def _read_outstanding(self, connection: Connection) -> None:
+        """Read the replies of all posts; what was refused for a passing reason is sent again.
+
+        Order decides: once one post was refused, all later ones are sent again after it, as new
+        operations, even if the server took them.
+        """
+        posts = self._outstanding
+        refused: list[Post] = []
+        while posts:
+            reply = self._read(connection)
+            post = posts.popleft()
+            if refused or _is_passing(reply):
+                refused.append(post)
+            elif reply != post.expected:
+                post.settle(self._final(reply, post.keys))
+        if refused:
+            for post in refused:
+                post.args[-1] = self.next_sequence()
+            posts.extend(refused)
+            raise redis_errors.ConnectionError("the server refused a deferred write for now")
+
+    def _passing_problem(
+        self, replies: list[Any], keys_of: Callable[[int], Sequence[str]]
+    ) -> Exception | None:
+        for index, reply in enumerate(replies):
+            if isinstance(reply, Exception):
+                if _is_passing(reply):
+                    return reply
+                raise self._final(reply, keys_of(index))
+        return None
+
+    def _final(self, reply: Any, keys: Sequence[str]) -> Any:
+        """The error to raise for a refusal that no retry mends; other replies as they are."""
+        if not isinstance(reply, Exception):
+            return reply
+        text = str(reply)
+        if isinstance(reply, redis_errors.AuthenticationError) or any(word in text for word in _DENIED):
+            return AccessDeniedError(
+                f"{self.address} refused access: {text}; check user, password and ACL of the URL",
+                address=self.address,
+            )
+        if isinstance(reply, redis_errors.OutOfMemoryError) or "OOM " in text:
+            return ServerConfigurationError(
+                f"{self.address} has no memory left: {text}; raise its maxmemory or delete old studies",
+                address=self.address,
+            )
+        if "WRONGTYPE" in text:
+            key = self._foreign_key(keys)
+            return CorruptRecordError(
+                f"key {key!r} on {self.address} is of another type: somebody else's data stands under our "
+                "prefix; choose another one with ?prefix=NAME",
+                key=key,
+            )
+        return DLockError(f"{self.address}: {text}")
+
+    def _foreign_key(self, keys: Sequence[str]) -> str:
+        if len(keys) == 1:
+            return keys[0]
+        types = self.commands([("TYPE", key) for key in keys])
+        for key, found in zip(keys, types, strict=True):
+            wanted = _TYPES.get(key.rpartition(":")[2], "hash")
+            if found not in (b"none", "none", wanted, wanted.encode()):
+                return key
+        return ", ".join(keys)
+
+    # -- connection ------------------------------------------------------------------------------
+
+    def _connect(self) -> Connection:
+        connection = self._make_connection()
+        try:
+            connection.connect()
+        except redis_errors.ResponseError as error:
+            if _is_passing(error):
+                raise redis_errors.ConnectionError(str(error)) from error
+            raise self._final(error, []) from None
+        scripts = all_scripts()
+        connection.send_packed_command(
+            [hiredis.pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts], check_health=False
+        )
+        for reply in [self._read(connection) for _ in scripts]:
+            if _is_passing(reply):
+                raise redis_errors.ConnectionError(str(reply))
+            if isinstance(reply, Exception):
+                raise self._final(reply, [])
+        # Outside the bookkeeping of posts: they are sent once the check has passed.
+        if self._on_connect is not None and not self._checking:
+            self._check(connection)
+        for post in self._outstanding:
+            connection.send_packed_command((_pack(post.script, post.keys, post.args),), check_health=False)
+        self._connection = connection
+        return connection
+
+    def _check(self, connection: Connection) -> None:
+        held, self._outstanding = self._outstanding, deque()
+        self._connection, self._checking = connection, True
+        try:
+            assert self._on_connect is not None
+            self._on_connect(self)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._outstanding, self._checking = held, False
+            if self._connection is not connection:  # lost meanwhile: the caller's loop tries again
+                self.close()
+        if self._connection is None:
+            raise redis_errors.ConnectionError("connection lost while the server was checked")
+
+    def _drop_connection(self, error: BaseException) -> None:
+        _logger.debug("connection to %s lost: %s", self.address, type(error).__name__)
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next call opens another one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.disconnect()
+
+    def forget(self) -> None:
+        """In a forked child: leave the parent's connection and writes to the parent."""
+        self.lock = threading.RLock()
+        self._connection = None
+        self._outstanding = deque()
+        self._checking = False
+
+
+_TYPES = {
+    "log": "list",
+    "order": "list",
+    "dists": "list",
+    "waiting": "zset",
+    "heartbeats": "zset",
+    "trash": "set",
+    "fence": "string",
+    "queue": "list",
+}
+
+
+def _pack(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Packed:
+    packed: bytes = hiredis.pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))
+    return packed
+
+
+def _is_passing(reply: Any) -> bool:
+    if not isinstance(reply, Exception):
+        return False
+    return isinstance(reply, _PASSING_ERRORS) or str(reply).startswith(_PASSING)
+
+
+def connection_factory(redis_url: str, timeout: float) -> Callable[[], Connection]:
+    """Connections to a URL, by redis-py's own pool: TLS, passwords and databases are its business."""
+    pool = redis.ConnectionPool.from_url(
+        redis_url,
+        protocol=2,
+        retry=None,
+        retry_on_error=[],
+        **_default_timeouts(redis_url, timeout),
+    )
+    return pool.make_connection
+
+
+def _default_timeouts(redis_url: str, timeout: float) -> dict[str, float]:
+    wanted = {"socket_timeout": min(timeout, 10.0), "socket_connect_timeout": min(timeout, 5.0)}
+    return {name: value for name, value in wanted.items() if name + "=" not in redis_url}
+
+
+_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+def _forget_in_children(node: Node) -> None:
+    _nodes.add(node)
+
+
+def _after_fork() -> None:
+    for node in list(_nodes):
+        node.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
