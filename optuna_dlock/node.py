@@ -35,7 +35,16 @@ _logger = logging.getLogger(__name__)
 # A deferred write is collected by the next call that waits; past this many, posting waits for it.
 MAX_OUTSTANDING = 1000
 # Refusals that pass by themselves: the server is loading, a failover is under way, a script runs long.
-_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "UNKILLABLE")
+_PASSING = (
+    "LOADING",
+    "READONLY",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+    "BUSY",
+    "NOREPLICAS",
+    "UNKILLABLE",
+)
 _DENIED = ("WRONGPASS", "NOAUTH", "NOPERM")
 _PASSING_ERRORS = (
     redis_errors.NoScriptError,
@@ -134,9 +143,7 @@ class Node:
         self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
     ) -> list[Any]:
         """Run one script several times in one round trip; the replies in order."""
-        return self._ask(
-            [_pack(script, keys, args) for keys, args in calls], lambda index: calls[index][0]
-        )
+        return self._ask([_pack(script, keys, args) for keys, args in calls], lambda index: calls[index][0])
 
     def command(self, *args: Argument) -> Any:
         """Run a plain command and return its reply."""

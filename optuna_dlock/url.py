@@ -26,7 +26,14 @@ _CLIENT_OPTIONS = frozenset(
     (
         *("db", "username", "password", "client_name"),
         *("socket_timeout", "socket_connect_timeout", "socket_keepalive"),
-        *("ssl_keyfile", "ssl_certfile", "ssl_cert_reqs", "ssl_ca_certs", "ssl_ca_path", "ssl_check_hostname"),
+        *(
+            "ssl_keyfile",
+            "ssl_certfile",
+            "ssl_cert_reqs",
+            "ssl_ca_certs",
+            "ssl_ca_path",
+            "ssl_check_hostname",
+        ),
     )
 )
 
