@@ -1,0 +1,1 @@
+"""Tests of optuna_dlock, against real servers of their own."""
