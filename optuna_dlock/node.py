@@ -99,6 +99,7 @@ class Node:
         address: How the server is named in messages; never a password.
         timeout: Seconds for which a call goes on trying while the server is away.
         on_connect: Called with the node after each connect, to check what it is connected to.
+        on_fork: Called in a forked child, so that the owner forgets what belongs to the parent.
         backoff: Makes the waits between tries.
     """
 
@@ -108,6 +109,7 @@ class Node:
         address: str,
         timeout: float,
         on_connect: Callable[[Node], None] | None = None,
+        on_fork: Callable[[], None] | None = None,
         backoff: Callable[[float], Backoff] = Backoff,
     ) -> None:
         self.address = address
@@ -116,6 +118,7 @@ class Node:
         self.waits = 0  # round trips waited for, which the budget tests count
         self._make_connection = make_connection
         self._on_connect = on_connect
+        self._on_fork = on_fork
         self._backoff = backoff
         self._connection: Connection | None = None
         self._checking = False
@@ -354,6 +357,8 @@ class Node:
         self._connection = None
         self._outstanding = deque()
         self._checking = False
+        if self._on_fork is not None:
+            self._on_fork()
 
 
 _TYPES = {

@@ -1,0 +1,23 @@
+-- create_study: register a study under a name that is free.
+-- KEYS[1] names (hash)     KEYS[2] studies (hash)   KEYS[3] registry info (hash)
+-- KEYS[4] study meta (hash)  KEYS[5..] every other key of the study
+-- ARGV[1] id  ARGV[2] name  ARGV[3] study as JSON  ARGV[4] format version  ARGV[5] uid for a new data set
+-- Returns {0} | {-7, id} EXISTS | {-8, key} FOREIGN
+-- Retry-safe: the id belongs to this call alone; the same id again gets {0}.
+local known = redis.call('HGET', KEYS[1], ARGV[2])
+if known == ARGV[1] then
+  return {0}
+elseif known then
+  return {-7, known}
+end
+for i = 4, #KEYS do
+  if redis.call('EXISTS', KEYS[i]) == 1 then
+    return {-8, KEYS[i]}
+  end
+end
+redis.call('HSETNX', KEYS[3], 'format', ARGV[4])
+redis.call('HSETNX', KEYS[3], 'uid', ARGV[5])
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+redis.call('HSET', KEYS[4], 'n', 0, 'base', 0)
+return {0}

@@ -1,0 +1,28 @@
+-- finish_trial: move an unfinished trial to a finished state, once (G3).
+-- KEYS[1] live (hash)  KEYS[2] section lock  KEYS[3] trial (hash)  KEYS[4] finished (hash)  KEYS[5] order (list)
+-- KEYS[6] waiting (sorted set)  KEYS[7] heartbeats (sorted set)
+-- ARGV[1] number  ARGV[2] version the record was made from  ARGV[3] record
+-- Returns {0, length of order} | {-2} NO_TRIAL | {-3} FINISHED | {-4} BEHIND | {-5} BUSY
+-- Retry-safe: the record holds a token of its call; the same record again gets {0}.
+-- include busy
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
+  local record = redis.call('HGET', KEYS[4], ARGV[1])
+  if record == ARGV[3] then
+    return {0, redis.call('LLEN', KEYS[5])}
+  elseif record then
+    return {-3}
+  end
+  return {-2}
+end
+if busy(KEYS[2]) then
+  return {-5}
+end
+if (redis.call('HGET', KEYS[3], '.v') or '0') ~= ARGV[2] then
+  return {-4}
+end
+redis.call('HSET', KEYS[4], ARGV[1], ARGV[3])
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('DEL', KEYS[3])
+redis.call('ZREM', KEYS[6], ARGV[1])
+redis.call('ZREM', KEYS[7], ARGV[1])
+return {0, redis.call('RPUSH', KEYS[5], ARGV[1])}

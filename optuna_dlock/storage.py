@@ -1,0 +1,413 @@
+"""RedisLockedStorage: Optuna's storage contract on one Redis, Valkey or KeyDB server."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import uuid
+from collections.abc import Callable, Container, Sequence
+from copy import deepcopy as copy_deeply
+from typing import TYPE_CHECKING, Any, Literal
+
+import redis
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
+from optuna.storages._base import DEFAULT_STUDY_NAME_PREFIX
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.study import StudyDirection
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+
+from optuna_dlock.cache import StudyCache, study_and_number, trial_id_of
+from optuna_dlock.errors import DLockError, TrialNotFoundError
+from optuna_dlock.lock import DistributedLock, LockManager
+from optuna_dlock.node import Node
+from optuna_dlock.server import server_of_client, server_of_url
+from optuna_dlock.studies import Registry
+from optuna_dlock.trials import StudyTrials
+
+if TYPE_CHECKING:
+    import optuna
+
+    StaleTrialCallback = Callable[["optuna.Study", FrozenTrial], None]
+
+_logger = logging.getLogger(__name__)
+_BACKENDS = ("redlock", "pottery")
+
+
+def _locked(method: Any) -> Any:
+    """Run a method under the node's lock: one thread of a process at a time, as in InMemoryStorage."""
+
+    @functools.wraps(method)
+    def wrapper(self: RedisLockedStorage, *args: Any, **kwargs: Any) -> Any:
+        with self._node.lock:
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+class RedisLockedStorage(BaseStorage, BaseHeartbeat):
+    """A storage for many processes on many hosts: each critical section is one step on the server.
+
+    It does not protect against the loss of a server that has no persistence.
+
+    Example:
+        >>> storage = RedisLockedStorage("redis://localhost:6379/0")
+        >>> study = optuna.create_study(storage=storage, study_name="mnist", load_if_exists=True)
+
+    Args:
+        url: `redis://`, `rediss://`, `valkey://`, `valkeys://`, `keydb://`, `keydbs://`, `unix://` or
+            `embedded:PATH`; or a `redis.Redis` client. None takes `$OPTUNA_DLOCK_URL`, else
+            `embedded:optuna.valkey`.
+        heartbeat_interval: Seconds between two heartbeats of a running trial; None for no heartbeats.
+        grace_period: Seconds without a heartbeat after which a trial counts as stale; None for twice the
+            interval.
+        heartbeat_stale_trial_callback: Called with the study and each trial failed for that reason.
+        failed_trial_callback: The name of the same before Optuna 4.9.
+        prefix: First part of all key names; "optuna" if neither this nor `?prefix=` is given.
+        timeout: Seconds for which a call goes on trying while the server is away.
+        lock: Which lock guards sections of several steps and `lock()`: "redlock" is this package's own,
+            "pottery" is `pottery.Redlock`.
+        deferred_writes: Whether parameters, reports and attributes of a trial that this process runs are
+            sent at once but confirmed by the next call that waits. A trial is told finished only after all of
+            them were. A refusal is raised by the next call on that trial.
+
+    Raises:
+        InvalidURLError: If the URL cannot be understood.
+        StorageUnavailableError: If the server does not answer within `timeout`.
+        AccessDeniedError: If it refuses the password or the user.
+        ServerConfigurationError: If it evicts keys.
+    """
+
+    def __init__(
+        self,
+        url: str | redis.Redis | None = None,
+        *,
+        heartbeat_interval: int | None = None,
+        grace_period: int | None = None,
+        heartbeat_stale_trial_callback: StaleTrialCallback | None = None,
+        failed_trial_callback: StaleTrialCallback | None = None,
+        prefix: str | None = None,
+        timeout: float = 60.0,
+        lock: Literal["redlock", "pottery"] = "redlock",
+        deferred_writes: bool = True,
+    ) -> None:
+        for name, number in (("heartbeat_interval", heartbeat_interval), ("grace_period", grace_period)):
+            if number is not None and number <= 0:
+                raise ValueError(f"{name} is a positive number of seconds, not {number!r}")
+        if heartbeat_stale_trial_callback is not None and failed_trial_callback is not None:
+            raise ValueError(
+                "failed_trial_callback is the old name of heartbeat_stale_trial_callback: give one"
+            )
+        if lock not in _BACKENDS:
+            raise ValueError(f"lock is one of {', '.join(map(repr, _BACKENDS))}, not {lock!r}")
+        if timeout <= 0:
+            raise ValueError(f"timeout is a positive number of seconds, not {timeout!r}")
+        self.heartbeat_interval = heartbeat_interval
+        self.grace_period = grace_period
+        self.heartbeat_stale_trial_callback = heartbeat_stale_trial_callback or failed_trial_callback
+        self._timeout = timeout
+        self._lock_backend = lock
+        self._deferred_writes = deferred_writes
+        self._server = (
+            server_of_client(url, prefix) if isinstance(url, redis.Redis) else server_of_url(url, prefix)
+        )
+        self._connect()
+        self._node.command("PING")
+
+    def _connect(self) -> None:
+        """Everything that belongs to this process: connections, caches, the name it goes by."""
+        self._registry = Registry(self._server.prefix, lambda: self._client)
+        make_connection = self._server.connection_factory(self._timeout)
+        self._node = Node(
+            make_connection,
+            self._server.address,
+            self._timeout,
+            on_connect=self._registry.check_server,
+            on_fork=self._start_anew,
+        )
+        self._make_connection = make_connection
+        self._lock_manager: LockManager | None = None
+        self._start_anew()
+
+    @property
+    def _locks(self) -> LockManager:
+        with self._node.lock:
+            if self._lock_manager is None:
+                self._lock_manager = LockManager(
+                    self._make_connection, self._server.address, self._timeout, self._server.prefix
+                )
+            return self._lock_manager
+
+    def _start_anew(self) -> None:
+        self._client = secrets.token_urlsafe(9)
+        self._studies: dict[int, StudyTrials] = {}
+        self._registry.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = (
+            *("heartbeat_interval", "grace_period", "heartbeat_stale_trial_callback"),
+            *("_timeout", "_lock_backend", "_deferred_writes", "_server"),
+        )
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
+
+    def __repr__(self) -> str:
+        return f"RedisLockedStorage({self._server.address!r}, prefix={self._server.prefix!r})"
+
+    def close(self) -> None:
+        """Wait for outstanding writes, then close the connections. A later call opens them again."""
+        with self._node.lock:
+            self._node.collect()
+            self._node.close()
+            if self._lock_manager is not None:
+                self._lock_manager.close()
+
+    def lock(self, name: str, ttl: float = 30.0) -> DistributedLock:
+        """A lock for a critical section of your own, held by one process of the whole cluster.
+
+        `study:<id>` is the lock of that study: while it is held, others can neither create nor finish trials.
+
+        Args:
+            name: Any text.
+            ttl: Seconds after which the lock is free again if its holder died; renewed automatically.
+
+        Returns:
+            A lock for `with`, or with `acquire(timeout=...)` and `release()`.
+        """
+        return self._locks.lock(name, ttl=ttl)
+
+    # -- studies -----------------------------------------------------------------------------------
+
+    @_locked
+    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
+        """See `BaseStorage`."""
+        if study_name is None:
+            study_name = DEFAULT_STUDY_NAME_PREFIX + str(uuid.uuid4())
+        study_id = self._registry.create(self._node, study_name, directions)
+        _logger.info("A new study created in %s with name: %s", self._server.address, study_name)
+        return study_id
+
+    @_locked
+    def delete_study(self, study_id: int) -> None:
+        """See `BaseStorage`."""
+        self._registry.delete(self._node, study_id, self.lock(f"study:{study_id}"))
+        self._studies.pop(study_id, None)
+
+    @_locked
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        """See `BaseStorage`."""
+        self._registry.set_attr(self._node, study_id, False, key, value)
+
+    @_locked
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        """See `BaseStorage`."""
+        self._registry.set_attr(self._node, study_id, True, key, value)
+
+    @_locked
+    def get_study_id_from_name(self, study_name: str) -> int:
+        """See `BaseStorage`."""
+        return self._registry.id_of(self._node, study_name)
+
+    @_locked
+    def get_study_name_from_id(self, study_id: int) -> str:
+        """See `BaseStorage`."""
+        return self._registry.info(self._node, study_id).name
+
+    @_locked
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        """See `BaseStorage`."""
+        return list(self._registry.info(self._node, study_id).directions)
+
+    @_locked
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        """See `BaseStorage`."""
+        return self._registry.attrs(self._node, study_id, False)
+
+    @_locked
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """See `BaseStorage`."""
+        return self._registry.attrs(self._node, study_id, True)
+
+    @_locked
+    def get_all_studies(self) -> list[FrozenStudy]:
+        """See `BaseStorage`."""
+        return [
+            FrozenStudy(
+                study_name=info.name,
+                direction=None,
+                directions=list(info.directions),
+                user_attrs=user_attrs,
+                system_attrs=system_attrs,
+                study_id=study_id,
+            )
+            for study_id, info, user_attrs, system_attrs in self._registry.all(self._node)
+        ]
+
+    # -- trials ------------------------------------------------------------------------------------
+
+    def _trials(self, study_id: int) -> StudyTrials:
+        trials = self._studies.get(study_id)
+        if trials is None:
+            info = self._registry.info(self._node, study_id)
+            keys = self._registry.study_keys(study_id)
+            section = f"study:{study_id}"
+            trials = self._studies[study_id] = StudyTrials(
+                self._node,
+                keys,
+                StudyCache(study_id, info.directions, keys.finished),
+                self._client,
+                lambda: keys.lock,
+                functools.partial(self._gone, study_id),
+                self._deferred_writes,
+            )
+        return trials
+
+    def _gone(self, study_id: int) -> DLockError:
+        self._studies.pop(study_id, None)
+        return self._registry.gone(self._node, study_id)
+
+    def _of(self, trial_id: int) -> tuple[StudyTrials, int]:
+        study_id, number = study_and_number(trial_id)
+        trials = self._studies.get(study_id)
+        if trials is not None:
+            return trials, number
+        try:
+            return self._trials(study_id), number
+        except KeyError:
+            raise TrialNotFoundError(f"no trial with trial_id {trial_id} exists", trial_id=trial_id) from None
+
+    @_locked
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """See `BaseStorage`."""
+        return trial_id_of(study_id, self._trials(study_id).create(template_trial))
+
+    @_locked
+    def set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+    ) -> None:
+        """See `BaseStorage`."""
+        trials, number = self._of(trial_id)
+        trials.set_param(number, param_name, float(param_value_internal), distribution)
+
+    @_locked
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """See `BaseStorage`."""
+        trials, number = self._of(trial_id)
+        return trials.set_state(number, state, values)
+
+    @_locked
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        """See `BaseStorage`."""
+        trials, number = self._of(trial_id)
+        trials.set_intermediate_value(number, step, intermediate_value)
+
+    @_locked
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """See `BaseStorage`."""
+        trials, number = self._of(trial_id)
+        trials.set_user_attr(number, key, value)
+
+    @_locked
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """See `BaseStorage`."""
+        trials, number = self._of(trial_id)
+        trials.set_system_attr(number, key, value)
+
+    @_locked
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """See `BaseStorage`."""
+        trials, number = self._of(trial_id)
+        return trials.get(number)
+
+    @_locked
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        """See `BaseStorage`."""
+        if not 0 <= trial_number < self._trials(study_id).count():
+            raise TrialNotFoundError(
+                f"no trial with trial number {trial_number} exists in study with study_id {study_id}"
+            )
+        return trial_id_of(study_id, trial_number)
+
+    @_locked
+    def get_trial_number_from_id(self, trial_id: int) -> int:
+        """See `BaseStorage`."""
+        trials, number = self._of(trial_id)
+        if number >= trials.count():
+            raise TrialNotFoundError(f"no trial with trial_id {trial_id} exists", trial_id=trial_id)
+        return number
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """See `BaseStorage`."""
+        with self._node.lock:
+            trials = self._trials(study_id).get_all(states)
+        return copy_deeply(trials) if deepcopy else trials
+
+    @_locked
+    def get_n_trials(self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None) -> int:
+        """See `BaseStorage`."""
+        if state is None:
+            return self._trials(study_id).count()
+        states = (state,) if isinstance(state, TrialState) else state
+        return len(self._trials(study_id).get_all(states))
+
+    @_locked
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """See `BaseStorage`."""
+        directions = self._registry.info(self._node, study_id).directions
+        best = self._trials(study_id).best()
+        if len(directions) > 1:
+            raise RuntimeError("Best trial can be obtained only for single-objective optimization.")
+        if best is None:
+            raise ValueError("No trials are completed yet.")
+        return best
+
+    def remove_session(self) -> None:
+        """See `BaseStorage`. Waits for outstanding writes, as nobody may call again."""
+        with self._node.lock:
+            self._node.collect()
+
+    # -- heartbeats --------------------------------------------------------------------------------
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """See `BaseHeartbeat`. Logs what goes wrong: an exception would end Optuna's heartbeat thread."""
+        try:
+            with self._node.lock:
+                trials, number = self._of(trial_id)
+                trials.record_heartbeat(number)
+        except Exception as error:
+            _logger.warning("heartbeat of trial %d was not recorded: %s", trial_id, error)
+
+    @_locked
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        if self.heartbeat_interval is None:
+            return []
+        grace = self.grace_period if self.grace_period is not None else 2 * self.heartbeat_interval
+        return [trial_id_of(study_id, n) for n in self._trials(study_id).stale(grace)]
+
+    def get_heartbeat_interval(self) -> int | None:
+        """See `BaseHeartbeat`."""
+        return self.heartbeat_interval
+
+    def get_heartbeat_stale_trial_callback(self) -> StaleTrialCallback | None:
+        """See `BaseHeartbeat`."""
+        return self.heartbeat_stale_trial_callback
+
+    def get_failed_trial_callback(self) -> StaleTrialCallback | None:
+        """The name of the same before Optuna 4.9."""
+        return self.heartbeat_stale_trial_callback

@@ -1,0 +1,544 @@
+"""The trials of one study: every call of Optuna's storage contract on them, over a node and a cache.
+
+All methods run under the node's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Container, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.trial import FrozenTrial, TrialState
+
+from optuna_dlock.cache import StudyCache, trial_id_of
+from optuna_dlock.codec import dump_json, pack_param, pack_trial, pack_value
+from optuna_dlock.distributions import kind_of, to_text
+from optuna_dlock.errors import (
+    DataLostError,
+    DLockError,
+    FinishedTrialError,
+    IncompatibleDistributionError,
+    TrialNotFoundError,
+)
+from optuna_dlock.keys import StudyKeys
+from optuna_dlock.live_trial import PARAM, STEP, SYSTEM_ATTR, USER_ATTR, LiveTrial
+from optuna_dlock.node import Argument, Node, Post
+from optuna_dlock.scripts import BEHIND, FINISHED, INCOMPATIBLE, NO_STUDY, NO_TRIAL, NOT_WAITING, OK, script
+from optuna_dlock.studies import run_section
+
+CHUNK = 1000  # finished trials read by one script call
+_WINDOW = 8  # such calls under way at once
+_WITH_CREATION = 16  # finished trials that the reply to a creation brings along at most
+
+
+class StudyTrials:
+    """The trials of one study, as one process works with them.
+
+    Args:
+        client: Names this process to the server, which remembers its last operation (G6).
+        section_lock: Gives the key of the section lock that others may hold.
+        gone: Makes the error for a study that is not there any more.
+        deferred: Whether writes to a trial that this process runs return before the server answered.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        keys: StudyKeys,
+        cache: StudyCache,
+        client: str,
+        section_lock: Callable[[], str],
+        gone: Callable[[], DLockError],
+        deferred: bool,
+    ) -> None:
+        self._node = node
+        self._keys = keys
+        self._cache = cache
+        self._client = client
+        self._section_lock = section_lock
+        self._gone = gone
+        self._deferred = deferred
+        self._just_finished = -1
+        self._set_field = script("set_trial_field")
+
+    # -- creation ----------------------------------------------------------------------------------
+
+    def create(self, template: FrozenTrial | None) -> int:
+        """Create a trial, RUNNING or as the template is; returns its number."""
+        if template is None:
+            start: datetime | None = datetime.now()
+            record = pack_trial(TrialState.RUNNING, None, (), {}, {}, {}, start, None)
+            state = TrialState.RUNNING
+        else:
+            state = template.state
+            record = self._pack_template(template)
+        keys, cache = self._keys, self._cache
+        reply = run_section(
+            self._node,
+            script("create_trial"),
+            [
+                *(keys.meta, self._section_lock(), keys.ops, keys.live, keys.log),
+                *(keys.waiting, keys.finished, keys.order),
+            ],
+            [record, self._client, self._node.next_sequence(), cache.order_read, _WITH_CREATION],
+        )
+        if reply[0] == NO_STUDY:
+            raise self._gone()
+        _, number, length, numbers, records = reply
+        self._saw(number + 1, length)
+        if numbers:
+            cache.defer_records([int(n) for n in numbers], records)
+            cache.order_read = length
+        if not state.is_finished():
+            trial = (
+                LiveTrial(number, trial_id_of(cache.study_id, number), state, start)
+                if template is None
+                else LiveTrial.from_record(
+                    record, number, trial_id_of(cache.study_id, number), 0, cache.table
+                )
+            )
+            trial.owned = state is TrialState.RUNNING
+            trial.fresh = True
+            cache.add_live(trial)
+        return int(number)
+
+    def _pack_template(self, template: FrozenTrial) -> bytes:
+        params = []
+        for name, distribution in template.distributions.items():
+            identity = self._identify(name, distribution, claim=False)
+            params.append((identity, distribution.to_internal_repr(template.params[name])))
+        return pack_trial(
+            template.state,
+            template.values,
+            params,
+            template.intermediate_values,
+            template.user_attrs,
+            template.system_attrs,
+            template.datetime_start,
+            template.datetime_complete,
+            os.urandom(8),
+        )
+
+    # -- writes to unfinished trials ---------------------------------------------------------------
+
+    def set_param(self, number: int, name: str, value: float, distribution: BaseDistribution) -> None:
+        """Set a parameter, in its internal representation."""
+        trial = self._writable(number)
+        identity = self._identify(name, distribution, claim=True)
+        trial = self._write(trial, PARAM + name, pack_param(identity, value))
+        trial.set_param(name, identity, value, distribution)
+
+    def set_intermediate_value(self, number: int, step: int, value: float) -> None:
+        """Set an intermediate value."""
+        step, value = int(step), float(value)
+        trial = self._write(self._writable(number), f"{STEP}{step}", pack_value(value))
+        trial.set_step(step, value)
+
+    def set_user_attr(self, number: int, key: str, value: Any) -> None:
+        """Set a user attribute."""
+        text = dump_json(value, key)
+        trial = self._write(self._writable(number), USER_ATTR + key, text)
+        trial.set_user_attr(key, _as_stored(value, text))
+
+    def set_system_attr(self, number: int, key: str, value: Any) -> None:
+        """Set a system attribute."""
+        text = dump_json(value, key)
+        trial = self._write(self._writable(number), SYSTEM_ATTR + key, text)
+        trial.set_system_attr(key, _as_stored(value, text))
+
+    def _write(self, trial: LiveTrial, field: str, value: str | bytes) -> LiveTrial:
+        """Send one field; returns the trial to note it in."""
+        keys = self._keys
+        number = trial.number
+        key_list = (keys.live, keys.trial(number), keys.log, keys.meta, keys.finished)
+        args: list[Argument] = [
+            number,
+            field.encode("utf-8", "surrogatepass"),
+            value,
+            self._client,
+            self._node.next_sequence(),
+        ]
+        expected = trial.version + 1
+        post = Post(self._set_field, key_list, args, expected, partial(self._settle, trial))
+        self._node.post(post)
+        trial.version = expected
+        if not (trial.owned and self._deferred):
+            self._node.collect()
+            self._raise_refusal(trial)
+            if trial.stale:
+                return self._refetch(number)
+        return trial
+
+    def _settle(self, trial: LiveTrial, reply: Any) -> None:
+        """What the server said to a write, other than what was expected."""
+        if isinstance(reply, Exception):
+            trial.refusal, trial.stale = reply, True
+        elif reply == FINISHED:
+            trial.refusal = self._finished_error(trial.number)
+            self._cache.forget_live(trial.number)
+        elif reply == NO_TRIAL:
+            trial.refusal = self._trial_not_found(trial.number)
+            self._cache.forget_live(trial.number)
+        else:
+            trial.stale = True  # somebody else wrote too
+
+    def _raise_refusal(self, trial: LiveTrial) -> None:
+        refusal, trial.refusal = trial.refusal, None
+        if refusal is not None:
+            raise refusal
+
+    def _writable(self, number: int) -> LiveTrial:
+        trial = self._cache.live.get(number)
+        if trial is None:
+            return self._refetch(number)
+        if trial.refusal is not None:
+            self._raise_refusal(trial)
+        return self._refetch(number) if trial.stale else trial
+
+    def _identify(self, name: str, distribution: BaseDistribution, claim: bool) -> int:
+        """Id of a distribution; the first time, one round trip.
+
+        Raises:
+            IncompatibleDistributionError: If `claim`, and the name has another kind of distribution.
+        """
+        table = self._cache.table
+        identity = table.find(name, distribution)
+        if identity is not None and (not claim or table.kinds.get(name) == kind_of(distribution)):
+            return identity
+        kind = kind_of(distribution) if claim else ""
+        if claim and name in table.kinds:
+            kind = self._compatible_kind(name, table.kinds[name], distribution)
+        for _ in range(2):
+            reply = self._node.run(
+                script("define_param"),
+                [self._keys.meta, self._keys.dists, self._keys.dist_ids, self._keys.claims],
+                [
+                    name.encode("utf-8", "surrogatepass"),
+                    to_text(name, distribution),
+                    kind,
+                    len(table),
+                ],
+            )
+            if reply[0] != INCOMPATIBLE:
+                break
+            kind = self._compatible_kind(name, reply[1].decode(), distribution)
+        if reply[0] == NO_STUDY:
+            raise self._gone()
+        _, identity, texts, claims = reply
+        table.extend(texts)
+        for claimed, claimed_kind in zip(claims[::2], claims[1::2], strict=True):
+            table.kinds[claimed.decode("utf-8", "surrogatepass")] = claimed_kind.decode()
+        return int(identity)
+
+    def _compatible_kind(self, name: str, kind: str, distribution: BaseDistribution) -> str:
+        """The kind a name has, if Optuna finds the distribution compatible with it."""
+        if kind == kind_of(distribution):
+            return kind
+        known = self._cache.table.known_of_kind(name, kind)
+        try:
+            if known is None:
+                raise ValueError(f"it is {kind} in this study.")
+            check_distribution_compatibility(known, distribution)
+        except ValueError as error:
+            raise IncompatibleDistributionError(
+                f"parameter {name!r}: {error} (known: {kind}, new: {distribution})", param_name=name
+            ) from None
+        return kind
+
+    # -- states ------------------------------------------------------------------------------------
+
+    def set_state(self, number: int, state: TrialState, values: Sequence[float] | None) -> bool:
+        """Finish, claim or requeue a trial.
+
+        Returns:
+            False if it was to be claimed and is not WAITING.
+        """
+        trial = self._writable(number)
+        if state is TrialState.RUNNING and trial.state is not TrialState.WAITING:
+            if trial.owned:
+                return False
+            trial = self._refetch(number)
+            if trial.state is not TrialState.WAITING:
+                return False
+        while True:
+            now = datetime.now()
+            token = os.urandom(8)
+            if state.is_finished():
+                reply = self._finish(trial, state, values, now, token)
+            else:
+                reply = self._move(trial, state, values, now, token)
+            if reply[0] == OK:
+                return True
+            if reply[0] == NOT_WAITING:
+                trial.stale = True
+                return False
+            if reply[0] == FINISHED:
+                self._cache.forget_live(number)
+                raise self._finished_error(number)
+            if reply[0] == NO_TRIAL:
+                self._cache.forget_live(number)
+                raise self._trial_not_found(number)
+            assert reply[0] == BEHIND  # noqa: S101 the only code left
+            self._raise_refusal(trial)
+            trial = self._refetch(number)
+
+    def _finish(
+        self,
+        trial: LiveTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+        now: datetime,
+        token: bytes,
+    ) -> Any:
+        keys, number = self._keys, trial.number
+        record = trial.pack(state, values, trial.datetime_start, now, token)
+        reply = run_section(
+            self._node,
+            script("finish_trial"),
+            [
+                *(keys.live, self._section_lock(), keys.trial(number), keys.finished, keys.order),
+                *(keys.waiting, keys.heartbeats),
+            ],
+            [number, trial.version, record],
+        )
+        if reply[0] == OK:
+            self._cache.add_finished(trial.finished(state, values, now))
+            self._just_finished = number
+            if reply[1] == self._cache.order_read + 1:
+                self._cache.order_read += 1  # nobody else finished one since we looked
+        return reply
+
+    def _move(
+        self,
+        trial: LiveTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+        now: datetime,
+        token: bytes,
+    ) -> Any:
+        keys, number = self._keys, trial.number
+        claim = state is TrialState.RUNNING
+        start = now if claim else trial.datetime_start
+        record = trial.pack(state, values, start, None, token)
+        reply = run_section(
+            self._node,
+            script("move_trial"),
+            [
+                *(keys.live, self._section_lock(), keys.trial(number), keys.log, keys.meta),
+                *(keys.waiting, keys.offers, keys.heartbeats, keys.finished),
+            ],
+            [number, trial.version, record],
+        )
+        if reply[0] == OK:
+            moved = LiveTrial.from_record(record, number, trial.trial_id, int(reply[1]), self._cache.table)
+            self._cache.add_live(moved)
+            moved.owned = moved.fresh = claim
+        return reply
+
+    # -- reads -------------------------------------------------------------------------------------
+
+    def get(self, number: int) -> FrozenTrial:
+        """One trial as it is now; without asking if this process has just created, claimed or finished it."""
+        cache = self._cache
+        if number == self._just_finished:
+            self._just_finished = -1
+            finished = cache.finished(number)
+            if finished is not None:
+                return finished
+        trial = cache.live.get(number)
+        if trial is not None and trial.fresh and trial.refusal is None:
+            trial.fresh = False
+            return trial.freeze()
+        return self._fetch([number])[0]
+
+    def _refetch(self, number: int) -> LiveTrial:
+        """An unfinished trial as the server has it.
+
+        Raises:
+            FinishedTrialError, TrialNotFoundError: If it is finished or there is none.
+        """
+        self._fetch([number])
+        trial = self._cache.live.get(number)
+        if trial is None:
+            raise self._finished_error(number)
+        self._raise_refusal(trial)
+        return trial
+
+    def _fetch(self, numbers: Sequence[int]) -> list[FrozenTrial]:
+        cache, keys = self._cache, self._keys
+        known = len(cache.table)
+        calls = []
+        for number in numbers:
+            trial = cache.live.get(number)
+            version = "F" if cache.finished(number) is not None else ""
+            if trial is not None and not trial.stale:
+                version = str(trial.version)
+            key_list = (keys.meta, keys.live, keys.trial(number), keys.finished, keys.dists)
+            calls.append((key_list, (number, version, known)))
+        result = []
+        for number, reply in zip(numbers, self._node.run_many(script("get_trial"), calls), strict=True):
+            code = reply[0]
+            if code == NO_STUDY:
+                raise self._gone()
+            if code == NO_TRIAL:
+                cache.forget_live(number)
+                raise self._trial_not_found(number)
+            if code != OK:
+                cache.table.extend(reply[2][len(cache.table) - known :])
+            if code == 1:
+                cache.add_records([number], [reply[1]])
+            elif code == 2:
+                trial = LiveTrial.from_record(
+                    reply[1], number, trial_id_of(cache.study_id, number), 0, cache.table
+                )
+                trial.apply_all(reply[3], cache.table)
+                cache.add_live(trial)
+            result.append(self._known(number))
+        return result
+
+    def _known(self, number: int) -> FrozenTrial:
+        finished = self._cache.finished(number)
+        return finished if finished is not None else self._cache.live[number].freeze()
+
+    def get_all(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
+        """A new list of the trials in these states, by number."""
+        if states == (TrialState.WAITING,):
+            return self._get_waiting()
+        self.sync(live=not self._cache.is_all_finished_states(states))
+        return self._cache.trials(states)
+
+    def best(self) -> FrozenTrial | None:
+        """The best COMPLETE trial of a study with one objective, None if there is none."""
+        self.sync(live=False)
+        return self._cache.best()
+
+    def count(self) -> int:
+        """How many trials the study has."""
+        self.sync(live=False, most=0)
+        return self._cache.n_seen
+
+    def _get_waiting(self) -> list[FrozenTrial]:
+        head = self.sync(live=True, queue=True)
+        return [] if head is None else self._cache.waiting(head)
+
+    def sync(self, live: bool, queue: bool = False, most: int = CHUNK) -> list[int] | None:
+        """Take in what changed; one round trip unless more than 1 000 trials finished meanwhile.
+
+        Args:
+            live: Whether unfinished trials are wanted.
+            queue: Whether only the WAITING ones are: then nothing is read if there are none.
+            most: Finished trials to read with the first reply; 0 only counts.
+
+        Returns:
+            With `queue`, what to try first; None if no trial is WAITING.
+        """
+        cache = self._cache
+        cursor = -1
+        if live:
+            cursor = -2 if cache.revision is None else cache.revision
+        known = len(cache.table)
+        reply = self._node.run(*self._changes_call(cursor, queue, cache.order_read, most))
+        if reply[0] == NO_STUDY:
+            raise self._gone()
+        if len(reply) == 2:
+            self._saw(reply[1], cache.order_read)
+            return None
+        _, n, length, numbers, records, revision, entries, unfinished, texts, head = reply
+        self._saw(n, length)
+        cache.table.extend(texts[len(cache.table) - known :])
+        if most == 0:
+            return head
+        cache.settle_records()
+        if live:
+            if entries is None:
+                listed = {int(number) for number in unfinished}
+                cache.drop_live_except(listed)
+                missed = listed
+            else:
+                missed = cache.apply_log(entries)
+        cache.add_records([int(number) for number in numbers], records)
+        cache.order_read += len(numbers)
+        if length > cache.order_read:
+            self._read_rest(length)
+        if live:
+            missed.update(n for n, trial in cache.live.items() if trial.stale)
+            self._fetch_many(sorted(n for n in missed if cache.finished(n) is None))
+            cache.revision = revision
+        return head
+
+    def _changes_call(self, cursor: int, queue: bool, read: int, most: int) -> tuple[Any, Any, Any]:
+        keys = self._keys
+        return (
+            script("get_changes"),
+            (
+                *(keys.meta, keys.order, keys.finished, keys.log),
+                *(keys.live, keys.dists, keys.waiting, keys.offers),
+            ),
+            (read, most, cursor, len(self._cache.table), self._client if queue else ""),
+        )
+
+    def _read_rest(self, length: int) -> None:
+        """Read all finished trials up to an entry of order, a few chunks at a time."""
+        cache = self._cache
+        while cache.order_read < length:
+            starts = range(cache.order_read, length, CHUNK)[:_WINDOW]
+            calls = [self._changes_call(-1, False, s, min(CHUNK, length - s)) for s in starts]
+            for reply in self._node.run_many(calls[0][0], [call[1:] for call in calls]):
+                if reply[0] == NO_STUDY:
+                    raise self._gone()
+                cache.add_records([int(number) for number in reply[3]], reply[4])
+                cache.order_read += len(reply[3])
+
+    def _fetch_many(self, numbers: Sequence[int]) -> None:
+        for start in range(0, len(numbers), CHUNK):
+            self._fetch(numbers[start : start + CHUNK])
+
+    def _saw(self, n: int, length: int) -> None:
+        """Notice a server that went back in time: it restarted from an older state."""
+        cache = self._cache
+        if n < cache.n_seen or length < cache.order_read:
+            raise DataLostError(
+                f"{self._node.address} has {n} trials of study {cache.study_id} and had {cache.n_seen} before: "
+                "it restarted from an older state; turn on appendonly, and restart the workers",
+                address=self._node.address,
+            )
+        cache.n_seen = n
+
+    # -- heartbeats --------------------------------------------------------------------------------
+
+    def record_heartbeat(self, number: int) -> None:
+        """Tell the server that the worker of a trial lives."""
+        self._node.run(script("record_heartbeat"), [self._keys.live, self._keys.heartbeats], [number])
+
+    def stale(self, grace_period: float) -> list[int]:
+        """Numbers of trials without a heartbeat for so many seconds."""
+        reply = self._node.run(
+            script("get_stale_trials"),
+            [self._keys.meta, self._keys.heartbeats],
+            [round(grace_period * 1000)],
+        )
+        if reply[0] == NO_STUDY:
+            raise self._gone()
+        return [int(number) for number in reply[1]]
+
+    # -- errors ------------------------------------------------------------------------------------
+
+    def _finished_error(self, number: int) -> FinishedTrialError:
+        return FinishedTrialError(
+            f"trial {number} of study {self._cache.study_id} has finished and cannot be changed",
+            trial_id=trial_id_of(self._cache.study_id, number),
+        )
+
+    def _trial_not_found(self, number: int) -> TrialNotFoundError:
+        trial_id = trial_id_of(self._cache.study_id, number)
+        return TrialNotFoundError(f"no trial with trial_id {trial_id} exists", trial_id=trial_id)
+
+
+def _as_stored(value: Any, text: str) -> Any:
+    """What others will read; a container is copied, as its owner may change it later."""
+    return json.loads(text) if isinstance(value, (dict, list, tuple)) else value
