@@ -1,0 +1,173 @@
+"""Runs the cases: one fresh process for each measurement, the peers taking turns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.context import Context, Figure
+from bench.environment import cpus
+from bench.peers import Access, remove_namespace
+from bench.plan import ANY, SPLIT, Case
+from bench.servers import Server, pin
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PATIENCE = 420.0
+
+
+@dataclass
+class Outcome:
+    """All measurements of one peer in one case."""
+
+    figures: list[Figure] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def value(self) -> float | None:
+        """Median of the main figure."""
+        return median([f.value for f in self.figures]) if self.figures else None
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest measurement."""
+        values = [f.value for f in self.figures]
+        return min(values), max(values)
+
+    @property
+    def extra(self) -> dict[str, float]:
+        """Medians of the extra figures."""
+        names = self.figures[0].extra if self.figures else {}
+        return {name: median([f.extra[name] for f in self.figures]) for name in names}
+
+    @property
+    def audit(self) -> str | None:
+        """What was wrong in any measurement, else "ok", else None where nothing is audited."""
+        found = [f.audit for f in self.figures if f.audit is not None]
+        wrong = [text for text in found if text != "ok"]
+        return wrong[0] if wrong else (found[0] if found else None)
+
+
+Outcomes = dict[str, Outcome]
+
+
+class Runner:
+    """Measures cases on given servers.
+
+    Args:
+        access: How the workers reach the servers.
+        servers: Servers that may be pinned to a CPU; those that are not ours have no pid.
+        say: Told what is going on.
+    """
+
+    def __init__(self, access: Access, servers: Sequence[Server], say: Callable[[str], None]) -> None:
+        self._access = access
+        self._servers = [server for server in servers if server.pid is not None]
+        self._say = say
+        self._cpus = cpus()
+        self._count = 0
+
+    def measure(self, case: Case, peers: Sequence[str], repeat: int) -> Outcomes:
+        """Run one case with these peers, each `repeat` times, in turns.
+
+        Each measurement has an empty name space, unless the case prepares one: then all repeats of
+        a peer read the same.
+        """
+        cpu = self._place(case.cpu)
+        outcomes = {peer: Outcome() for peer in peers}
+        prepared: dict[str, str] = {}
+        if case.prepare is not None:
+            for peer in peers:
+                prepared[peer] = self._namespace()
+                self._run(case, peer, case.prepare, prepared[peer], cpu, Outcome(), outcomes[peer])
+        for turn in range(min(repeat, case.repeats)):
+            for peer in _rotated(peers, turn):
+                outcome = outcomes[peer]
+                if outcome.failures:
+                    continue  # it would fail again, and a time-out is long
+                namespace = prepared.get(peer) or self._namespace()
+                self._run(case, peer, case.function, namespace, cpu, outcome, outcome)
+                self._clean(peer, namespace if peer not in prepared else None)
+        for peer, namespace in prepared.items():
+            self._clean(peer, namespace)
+        return outcomes
+
+    def _run(
+        self,
+        case: Case,
+        peer: str,
+        function: Callable[[Context], Figure],
+        namespace: str,
+        cpu: int | None,
+        results: Outcome,
+        failures: Outcome,
+    ) -> None:
+        step = "" if function is case.function else ", preparing"
+        self._say(f"{case.key}: {peer}{step}")
+        specification = {
+            "peer": peer,
+            "namespace": namespace,
+            "access": asdict(self._access),
+            "params": case.params_for(peer),
+            "cpu": cpu,
+            "module": function.__module__,
+            "function": function.__name__,
+        }
+        try:
+            results.figures.append(run_worker(specification))
+        except RuntimeError as error:
+            failures.failures.append(f"{error}{step}")
+
+    def _namespace(self) -> str:
+        self._count += 1
+        return f"bench{self._count}"
+
+    def _clean(self, peer: str, namespace: str | None) -> None:
+        for part in ("", "w"):
+            if namespace is not None:
+                remove_namespace(peer, self._access, namespace + part)
+
+    def _place(self, wanted: str) -> int | None:
+        """Pin the servers and return the CPU for the client; None where both may run anywhere."""
+        if wanted == ANY or len(self._cpus) < 2:
+            for server in self._servers:
+                pin(server.pid or 0, self._cpus)
+            return None
+        pinned = [pin(server.pid or 0, self._cpus[:1]) for server in self._servers]
+        if not all(pinned):
+            return None
+        return self._cpus[1 if wanted == SPLIT else 0]
+
+
+def _rotated(peers: Sequence[str], turn: int) -> list[str]:
+    start = turn % len(peers)
+    return [*peers[start:], *peers[:start]]
+
+
+def run_worker(specification: dict[str, Any], patience: float = _PATIENCE) -> Figure:
+    """Run one measurement in a fresh process.
+
+    Raises:
+        RuntimeError: With the worker's last line if it failed, or the time it was given.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.worker"],
+            cwd=_ROOT,
+            input=json.dumps(specification),
+            capture_output=True,
+            text=True,
+            timeout=patience,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done in {patience:g} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit code {done.returncode}")
+    return Figure(**json.loads(done.stdout.strip().splitlines()[-1]))
