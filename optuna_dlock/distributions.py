@@ -45,6 +45,7 @@ class DistributionTable:
         self._entries: list[tuple[str, BaseDistribution]] = []
         self._ids: dict[Hashable, int] = {}
         self.schemas: dict[bytes, Schema] = {}
+        self.claimed: set[int] = set()  # ids that are known to be of the kind their name must keep
         self.kinds: dict[str, str] = {}  # parameter name -> kind it must keep, as far as known
 
     def __len__(self) -> int:
@@ -83,10 +84,11 @@ class DistributionTable:
 def lookup_key(name: str, distribution: BaseDistribution) -> Hashable:
     """A key that tells distributions apart as their JSON does (1, 1.0 and True are different choices)."""
     d: Any = distribution
-    if isinstance(distribution, (FloatDistribution, IntDistribution)):
-        return name, type(distribution), d.low, d.high, d.log, d.step
-    if isinstance(distribution, CategoricalDistribution):
-        return name, type(distribution), d.choices, tuple(map(type, d.choices))
+    kind = type(d)
+    if kind is FloatDistribution or kind is IntDistribution:
+        return name, kind, d.low, d.high, d.log, d.step
+    if kind is CategoricalDistribution:
+        return name, kind, d.choices, tuple(map(type, d.choices))
     return name, distribution_to_json(distribution)
 
 

@@ -26,13 +26,14 @@ class LiveTrial:
         owned: Whether this process created or claimed it: then writes need not wait.
         fresh: Whether the next `get_trial` may be answered from here (it was just created or claimed).
         stale: Whether a reply told that the server has more than this: it has to be fetched again.
+        head: The first part of the command that writes to it, once made.
         refusal: What the server said to a deferred write, to be raised by the next call on the trial.
     """
 
     __slots__ = (
         *("datetime_start", "distributions", "fresh", "internal", "intermediate_values", "number"),
         *("owned", "params", "refusal", "stale", "state", "system_attrs", "trial_id", "user_attrs"),
-        *("_frozen", "values", "version"),
+        *("_frozen", "head", "values", "version"),
     )
 
     def __init__(
@@ -50,6 +51,7 @@ class LiveTrial:
         self.user_attrs: dict[str, Any] = {}
         self.system_attrs: dict[str, Any] = {}
         self.version = 0
+        self.head = b""
         self.owned = False
         self.fresh = False
         self.stale = False

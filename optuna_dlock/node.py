@@ -60,35 +60,69 @@ _LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
 class Connection(Protocol):
     """The part of redis-py's Connection that is used here; fakeredis has it too."""
 
-    def connect(self) -> None: ...
-    def disconnect(self) -> None: ...
-    def send_packed_command(self, command: Any, check_health: bool = True) -> None: ...
-    def read_response(self, disable_decoding: bool = False) -> Any: ...
+    def connect(self) -> None:  # noqa: D102
+        ...
+
+    def disconnect(self) -> None:  # noqa: D102
+        ...
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:  # noqa: D102
+        ...
+
+    def read_response(self, disable_decoding: bool = False) -> Any:  # noqa: D102
+        ...
 
 
 class Post:
     """A write that was sent and whose reply is still to be read.
 
-    Attributes:
+    Args:
+        head: The packed command up to the arguments that follow; see `pack_head`.
+        field, value: The next two arguments.
+        sequence: The last argument. The server executes a number once, however often it is sent (G6).
         expected: The reply that says that all is as the sender thought.
-        settle: Called with any other reply.
+        subject: What the write is about.
+        settle: Called with the subject and any other reply.
     """
 
-    __slots__ = ("args", "expected", "keys", "script", "settle")
+    __slots__ = ("expected", "field", "head", "sequence", "settle", "subject", "value")
 
     def __init__(
         self,
-        script: Script,
-        keys: Sequence[str],
-        args: list[Argument],
+        head: bytes,
+        field: bytes,
+        value: bytes,
+        sequence: int,
         expected: int,
-        settle: Callable[[Any], None],
+        subject: Any,
+        settle: Callable[[Any, Any], None],
     ) -> None:
-        self.script = script
-        self.keys = keys
-        self.args = args  # the last one is the sequence number, see Node.post
+        self.head = head
+        self.field = field
+        self.value = value
+        self.sequence = sequence
         self.expected = expected
+        self.subject = subject
         self.settle = settle
+
+    def packed(self) -> bytes:
+        """The whole command."""
+        sequence = b"%d" % self.sequence
+        return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+            self.head,
+            len(self.field),
+            self.field,
+            len(self.value),
+            self.value,
+            len(sequence),
+            sequence,
+        )
+
+
+def pack_head(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> bytes:
+    """The unchanging first part of the command of a Post: three more arguments follow."""
+    packed = _pack(script, keys, (*args, b"", b"", b""))
+    return packed[: -len(b"$0\r\n\r\n" * 3)]
 
 
 class Node:
@@ -140,7 +174,22 @@ class Node:
             StorageUnavailableError: If there is no answer within `timeout`.
             AccessDeniedError, ServerConfigurationError, CorruptRecordError: What retrying cannot mend.
         """
-        return self.run_many(script, [(keys, args)])[0]
+        packed = _pack(script, keys, args)
+        with self.lock:
+            connection = self._connection
+            if connection is not None:
+                try:
+                    connection.send_packed_command((packed,), check_health=False)
+                    self.waits += 1
+                    if self._outstanding:
+                        self._read_outstanding(connection)
+                    return connection.read_response(disable_decoding=True)
+                except redis_errors.ResponseError as error:
+                    if not _is_passing(error):
+                        raise self._final(error, keys) from None
+                except _LOST as error:
+                    self._drop_connection(error)
+            return self._ask([packed], lambda _: keys)[0]
 
     def run_many(
         self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
@@ -160,22 +209,15 @@ class Node:
         )
 
     def post(self, post: Post) -> None:
-        """Send a write now, read its reply with the next call that waits.
-
-        The last argument of the script is the sequence number: a resend after a broken connection
-        carries the same one and is executed once (G6).
-        """
+        """Send a write now, read its reply with the next call that waits."""
         with self.lock:
-            self._outstanding.append(post)
-            if len(self._outstanding) > MAX_OUTSTANDING:
+            if len(self._outstanding) >= MAX_OUTSTANDING:
                 self.collect()
-                return
+            self._outstanding.append(post)
             if self._connection is None:
                 return  # sent, in order, with the next call that connects
             try:
-                self._connection.send_packed_command(
-                    (_pack(post.script, post.keys, post.args),), check_health=False
-                )
+                self._connection.send_packed_command((post.packed(),), check_health=False)
             except _LOST as error:
                 self._drop_connection(error)
 
@@ -247,10 +289,10 @@ class Node:
             if refused or _is_passing(reply):
                 refused.append(post)
             elif reply != post.expected:
-                post.settle(self._final(reply, post.keys))
+                post.settle(post.subject, self._final(reply, []))
         if refused:
             for post in refused:
-                post.args[-1] = self.next_sequence()
+                post.sequence = self.next_sequence()
             posts.extend(refused)
             raise redis_errors.ConnectionError("the server refused a deferred write for now")
 
@@ -319,18 +361,17 @@ class Node:
                 raise self._final(reply, [])
         # Outside the bookkeeping of posts: they are sent once the check has passed.
         if self._on_connect is not None and not self._checking:
-            self._check(connection)
+            self._check(connection, self._on_connect)
         for post in self._outstanding:
-            connection.send_packed_command((_pack(post.script, post.keys, post.args),), check_health=False)
+            connection.send_packed_command((post.packed(),), check_health=False)
         self._connection = connection
         return connection
 
-    def _check(self, connection: Connection) -> None:
+    def _check(self, connection: Connection, on_connect: Callable[[Node], None]) -> None:
         held, self._outstanding = self._outstanding, deque()
         self._connection, self._checking = connection, True
         try:
-            assert self._on_connect is not None
-            self._on_connect(self)
+            on_connect(self)
         except BaseException:
             self.close()
             raise

@@ -286,7 +286,6 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         """See `BaseStorage`."""
         return trial_id_of(study_id, self._trials(study_id).create(template_trial))
 
-    @_locked
     def set_trial_param(
         self,
         trial_id: int,
@@ -295,8 +294,9 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         distribution: BaseDistribution,
     ) -> None:
         """See `BaseStorage`."""
-        trials, number = self._of(trial_id)
-        trials.set_param(number, param_name, float(param_value_internal), distribution)
+        with self._node.lock:
+            trials, number = self._of(trial_id)
+            trials.set_param(number, param_name, float(param_value_internal), distribution)
 
     @_locked
     def set_trial_state_values(

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Container, Sequence
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
@@ -27,7 +26,7 @@ from optuna_dlock.errors import (
 )
 from optuna_dlock.keys import StudyKeys
 from optuna_dlock.live_trial import PARAM, STEP, SYSTEM_ATTR, USER_ATTR, LiveTrial
-from optuna_dlock.node import Argument, Node, Post
+from optuna_dlock.node import Node, Post, pack_head
 from optuna_dlock.scripts import BEHIND, FINISHED, INCOMPATIBLE, NO_STUDY, NO_TRIAL, NOT_WAITING, OK, script
 from optuna_dlock.studies import run_section
 
@@ -142,50 +141,43 @@ class StudyTrials:
     def set_user_attr(self, number: int, key: str, value: Any) -> None:
         """Set a user attribute."""
         text = dump_json(value, key)
-        trial = self._write(self._writable(number), USER_ATTR + key, text)
+        trial = self._write(self._writable(number), USER_ATTR + key, text.encode())
         trial.set_user_attr(key, _as_stored(value, text))
 
     def set_system_attr(self, number: int, key: str, value: Any) -> None:
         """Set a system attribute."""
         text = dump_json(value, key)
-        trial = self._write(self._writable(number), SYSTEM_ATTR + key, text)
+        trial = self._write(self._writable(number), SYSTEM_ATTR + key, text.encode())
         trial.set_system_attr(key, _as_stored(value, text))
 
-    def _write(self, trial: LiveTrial, field: str, value: str | bytes) -> LiveTrial:
+    def _write(self, trial: LiveTrial, field: str, value: bytes) -> LiveTrial:
         """Send one field; returns the trial to note it in."""
-        keys = self._keys
-        number = trial.number
-        key_list = (keys.live, keys.trial(number), keys.log, keys.meta, keys.finished)
-        args: list[Argument] = [
-            number,
-            field.encode("utf-8", "surrogatepass"),
-            value,
-            self._client,
-            self._node.next_sequence(),
-        ]
-        expected = trial.version + 1
-        post = Post(self._set_field, key_list, args, expected, partial(self._settle, trial))
-        self._node.post(post)
-        trial.version = expected
+        node = self._node
+        head = trial.head or self._make_head(trial)
+        expected = trial.version = trial.version + 1
+        name = field.encode("utf-8", "surrogatepass")
+        node.post(Post(head, name, value, node.next_sequence(), expected, trial, self._settle))
         if not (trial.owned and self._deferred):
-            self._node.collect()
+            node.collect()
             self._raise_refusal(trial)
             if trial.stale:
-                return self._refetch(number)
+                return self._refetch(trial.number)
         return trial
+
+    def _make_head(self, trial: LiveTrial) -> bytes:
+        keys, number = self._keys, trial.number
+        trial.head = pack_head(
+            self._set_field,
+            (keys.trial(number), keys.log, keys.meta, keys.live),
+            (number, self._client),
+        )
+        return trial.head
 
     def _settle(self, trial: LiveTrial, reply: Any) -> None:
         """What the server said to a write, other than what was expected."""
+        trial.stale = True  # somebody else wrote too, or the trial is not unfinished any more
         if isinstance(reply, Exception):
-            trial.refusal, trial.stale = reply, True
-        elif reply == FINISHED:
-            trial.refusal = self._finished_error(trial.number)
-            self._cache.forget_live(trial.number)
-        elif reply == NO_TRIAL:
-            trial.refusal = self._trial_not_found(trial.number)
-            self._cache.forget_live(trial.number)
-        else:
-            trial.stale = True  # somebody else wrote too
+            trial.refusal = reply
 
     def _raise_refusal(self, trial: LiveTrial) -> None:
         refusal, trial.refusal = trial.refusal, None
@@ -208,7 +200,7 @@ class StudyTrials:
         """
         table = self._cache.table
         identity = table.find(name, distribution)
-        if identity is not None and (not claim or table.kinds.get(name) == kind_of(distribution)):
+        if identity is not None and (not claim or identity in table.claimed):
             return identity
         kind = kind_of(distribution) if claim else ""
         if claim and name in table.kinds:
@@ -233,6 +225,8 @@ class StudyTrials:
         table.extend(texts)
         for claimed, claimed_kind in zip(claims[::2], claims[1::2], strict=True):
             table.kinds[claimed.decode("utf-8", "surrogatepass")] = claimed_kind.decode()
+        if claim:
+            table.claimed.add(identity)
         return int(identity)
 
     def _compatible_kind(self, name: str, kind: str, distribution: BaseDistribution) -> str:

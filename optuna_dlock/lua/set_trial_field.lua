@@ -1,22 +1,22 @@
 -- set_trial_field: write one parameter, report or attribute of an unfinished trial.
--- KEYS[1] live (hash)  KEYS[2] trial (hash)  KEYS[3] log (list)  KEYS[4] meta (hash)  KEYS[5] finished (hash)
--- ARGV[1] number  ARGV[2] field  ARGV[3] value  ARGV[4] client  ARGV[5] sequence number
--- Returns the trial's new version (1, 2, ...) | -2 NO_TRIAL | -3 FINISHED
+-- KEYS[1] trial (hash)  KEYS[2] log (list)  KEYS[3] meta (hash)  KEYS[4] live (hash)
+-- ARGV[1] number  ARGV[2] client  ARGV[3] field  ARGV[4] value  ARGV[5] sequence number
+-- Returns the trial's new version (1, 2, ...) | -2 NO_TRIAL (none that is unfinished)
 -- Retry-safe: a sequence number that is not above the client's last one for this trial changes nothing.
 -- include log_change
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
-  if redis.call('HEXISTS', KEYS[5], ARGV[1]) == 1 then
-    return -3
+local seen = '.q' .. ARGV[2]
+local head = redis.call('HMGET', KEYS[1], '.v', seen)
+local version = tonumber(head[1])
+if not version then
+  -- The first write; later ones find the hash, which goes when the trial finishes.
+  if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 then
+    return -2
   end
-  return -2
-end
-local seen = '.q' .. ARGV[4]
-local head = redis.call('HMGET', KEYS[2], '.v', seen)
-local version = tonumber(head[1] or 0)
-if head[2] and tonumber(head[2]) >= tonumber(ARGV[5]) then
+  version = 0
+elseif head[2] and tonumber(head[2]) >= tonumber(ARGV[5]) then
   return version
 end
 version = version + 1
-redis.call('HSET', KEYS[2], ARGV[2], ARGV[3], '.v', version, seen, ARGV[5])
-log_change(KEYS[3], KEYS[4], ARGV[1], version, ARGV[2], ARGV[3])
+redis.call('HSET', KEYS[1], ARGV[3], ARGV[4], '.v', version, seen, ARGV[5])
+log_change(KEYS[2], KEYS[3], ARGV[1], version, ARGV[3], ARGV[4])
 return version
