@@ -92,7 +92,7 @@ class StudyCache:
 
     def add_finished(self, trial: FrozenTrial) -> None:
         """Take in one finished trial; it replaces the unfinished one."""
-        number = trial._number  # type: ignore[attr-defined]
+        number = trial._number
         trials = self._trials
         if number >= len(trials):
             trials.extend([None] * (number + 1 - len(trials)))
@@ -104,7 +104,7 @@ class StudyCache:
         state = trial.state
         for key, view in self._views.items():
             if state in key:
-                if not view or view[-1]._number < number:  # type: ignore[attr-defined]
+                if not view or view[-1]._number < number:
                     view.append(trial)
                 else:
                     insort(view, trial, key=_by_number)

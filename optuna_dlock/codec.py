@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -252,7 +252,7 @@ def _make_frozen_directly(
     return trial
 
 
-def _choose_make_frozen() -> Any:
+def _choose_make_frozen() -> Callable[..., FrozenTrial]:
     arguments: tuple[Any, ...] = (7, 8, TrialState.COMPLETE, [0.5], None, None, {}, {}, {}, {}, {})
     by_init = _make_frozen_by_init(*arguments)
     same = vars(by_init) == vars(_make_frozen_directly(*arguments))

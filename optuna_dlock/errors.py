@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna.exceptions as optuna_exceptions
 
-# Optuna has this class since 4.3; before, the contract was a bare RuntimeError.
-_UpdateFinishedTrialError: type[RuntimeError] = getattr(
-    optuna_exceptions, "UpdateFinishedTrialError", RuntimeError
-)
+if TYPE_CHECKING:
+    from optuna.exceptions import UpdateFinishedTrialError
+else:
+    # Optuna has this class since 4.3; before, the contract was a bare RuntimeError.
+    UpdateFinishedTrialError = getattr(optuna_exceptions, "UpdateFinishedTrialError", RuntimeError)
 
 
 class DLockError(Exception):
@@ -71,7 +72,7 @@ class StudyExistsError(DLockError, optuna_exceptions.DuplicatedStudyError):
     """A study of this name exists. Field: `study_name`."""
 
 
-class FinishedTrialError(DLockError, _UpdateFinishedTrialError):
+class FinishedTrialError(DLockError, UpdateFinishedTrialError):
     """A finished trial was to be changed. Field: `trial_id`."""
 
 

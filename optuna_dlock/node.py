@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import hiredis
 import redis
@@ -32,6 +32,8 @@ Argument = str | bytes | int
 Packed = bytes
 
 _logger = logging.getLogger(__name__)
+# hiredis's own annotation takes tuples of one element only.
+_pack_command: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)
 # A deferred write is collected by the next call that waits; past this many, posting waits for it.
 MAX_OUTSTANDING = 1000
 # Refusals that pass by themselves: the server is loading, a failover is under way, a script runs long.
@@ -199,12 +201,12 @@ class Node:
 
     def command(self, *args: Argument) -> Any:
         """Run a plain command and return its reply."""
-        return self._ask([hiredis.pack_command(args)], lambda _: [str(a) for a in args[1:2]])[0]
+        return self._ask([_pack_command(args)], lambda _: [str(a) for a in args[1:2]])[0]
 
     def commands(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
         """Run several plain commands in one round trip."""
         return self._ask(
-            [hiredis.pack_command(tuple(args)) for args in commands],
+            [_pack_command(tuple(args)) for args in commands],
             lambda index: [str(a) for a in commands[index][1:2]],
         )
 
@@ -352,7 +354,7 @@ class Node:
             raise self._final(error, []) from None
         scripts = all_scripts()
         connection.send_packed_command(
-            [hiredis.pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts], check_health=False
+            [_pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts], check_health=False
         )
         for reply in [self._read(connection) for _ in scripts]:
             if _is_passing(reply):
@@ -415,8 +417,7 @@ _TYPES = {
 
 
 def _pack(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Packed:
-    packed: bytes = hiredis.pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))
-    return packed
+    return _pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))
 
 
 def _is_passing(reply: Any) -> bool:

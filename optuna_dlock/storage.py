@@ -167,6 +167,12 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
             if self._lock_manager is not None:
                 self._lock_manager.close()
 
+    def __enter__(self) -> RedisLockedStorage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def lock(self, name: str, ttl: float = 30.0) -> DistributedLock:
         """A lock for a critical section of your own, held by one process of the whole cluster.
 
@@ -255,7 +261,6 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         if trials is None:
             info = self._registry.info(self._node, study_id)
             keys = self._registry.study_keys(study_id)
-            section = f"study:{study_id}"
             trials = self._studies[study_id] = StudyTrials(
                 self._node,
                 keys,

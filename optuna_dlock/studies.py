@@ -109,8 +109,8 @@ class Registry:
         if self._uid is not None and uid != self._uid:
             raise DataLostError(
                 f"{node.address} does not hold the studies it held before: it lost its data (a restart "
-                "without persistence?) or it is another server; restart the workers to begin anew, and turn on "
-                "appendonly to keep data over restarts",
+                "without persistence?) or it is another server; restart the workers to begin anew, and turn "
+                "on appendonly to keep data over restarts",
                 address=node.address,
             )
         self._uid = uid

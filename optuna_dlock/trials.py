@@ -446,7 +446,7 @@ class StudyTrials:
         self._saw(n, length)
         cache.table.extend(texts[len(cache.table) - known :])
         if most == 0:
-            return head
+            return None
         cache.settle_records()
         if live:
             if entries is None:
@@ -463,7 +463,7 @@ class StudyTrials:
             missed.update(n for n, trial in cache.live.items() if trial.stale)
             self._fetch_many(sorted(n for n in missed if cache.finished(n) is None))
             cache.revision = revision
-        return head
+        return list(head)
 
     def _changes_call(self, cursor: int, queue: bool, read: int, most: int) -> tuple[Any, Any, Any]:
         keys = self._keys
@@ -497,8 +497,8 @@ class StudyTrials:
         cache = self._cache
         if n < cache.n_seen or length < cache.order_read:
             raise DataLostError(
-                f"{self._node.address} has {n} trials of study {cache.study_id} and had {cache.n_seen} before: "
-                "it restarted from an older state; turn on appendonly, and restart the workers",
+                f"{self._node.address} has {n} trials of study {cache.study_id} and had {cache.n_seen} "
+                "before: it restarted from an older state; turn on appendonly, and restart the workers",
                 address=self._node.address,
             )
         cache.n_seen = n
