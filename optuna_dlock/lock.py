@@ -16,23 +16,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import EllipsisType, TracebackType
 from typing import Any
 
-from optuna_dlock.errors import (
-    DLockError,
-    LockError,
-    LockLostError,
-    LockNotAcquiredError,
-    StorageUnavailableError,
-)
+from optuna_dlock.distributed_lock import DistributedLock, HolderInfo, not_acquired
+from optuna_dlock.errors import CorruptRecordError, DLockError
 from optuna_dlock.keys import LockKeys, lock_keys
 from optuna_dlock.lease import Lease, Renewal
 from optuna_dlock.node import Argument, Connection, Node
-from optuna_dlock.scripts import OK, script
+from optuna_dlock.scripts import FOREIGN, OK, script
 
-MIN_TTL = 0.1
+__all__ = ["DistributedLock", "HolderInfo", "LockManager"]
+
 _IDLE_LINES = 8  # connections kept open for the next acquire
 _POLL = 1.0  # seconds after which a waiter asks again, should its wake-up have been lost
 _HOT = 0.05  # seconds; after a wait shorter than this, the next one is expected to be short too
@@ -44,188 +38,6 @@ _LEAVE = script("leave_lock")
 _RENEW = script("renew_lock")
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class HolderInfo:
-    """Who holds a lock.
-
-    Attributes:
-        owner: host:pid:thread.
-        token: Its fencing token; None where only the rest was told.
-        held_for: Seconds since it got the lock, by the server's clock.
-        ttl: Seconds until its lease ends, if it is not renewed.
-    """
-
-    owner: str
-    token: int | None
-    held_for: float
-    ttl: float
-
-
-class DistributedLock:
-    """A lock that one thread of one process on one host holds at a time; `manager.lock(...)` makes it.
-
-    It excludes others as long as its lease lasts. A holder that is paused for longer than `ttl` and goes
-    on before it looks at `lost` or `check()` overlaps with the next holder: what must not happen then
-    has to be refused by the fencing token, which is higher for each later holder. Not reentrant. The
-    object may be shared by threads, of which one holds it at a time; a forked child does not hold
-    what its parent holds.
-
-    Args:
-        manager: What talks to the server.
-        name: The same name is the same lock, for all clients of the same server and prefix.
-        ttl: Seconds after which the lock of a dead holder is free again.
-        timeout: Seconds that `with` and `acquire()` wait; None: for ever, 0: try once.
-        on_lost: Called with this lock, by the renewal thread, when the lease was lost.
-
-    Attributes:
-        lost: Set once the lease was lost, until the next acquire.
-    """
-
-    def __init__(
-        self,
-        manager: LockManager,
-        name: str,
-        ttl: float = 30.0,
-        timeout: float | None = None,
-        on_lost: Callable[[DistributedLock], None] | None = None,
-    ) -> None:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"the name of a lock is a string that is not empty; got {name!r}")
-        if isinstance(ttl, bool) or not MIN_TTL <= ttl < 1e9:
-            raise ValueError(f"ttl is in seconds, at least {MIN_TTL:g}; got {ttl!r}")
-        self.name = name
-        self.ttl = ttl
-        self.timeout = _checked_timeout(timeout)
-        self.on_lost = on_lost
-        self.lost = threading.Event()
-        self.keys = lock_keys(manager.prefix, name)
-        self._manager = manager
-        self._epoch = manager.epoch
-        self._turn = threading.Lock()  # held while this object holds the lock, or waits for it
-        self._thread = 0
-        self._lease: Lease | None = None
-
-    def __repr__(self) -> str:
-        state = f"held, token {self.token}" if self.held else "lost" if self.lost.is_set() else "not held"
-        return f"<DistributedLock {self.name!r} {state}>"
-
-    @property
-    def token(self) -> int | None:
-        """Fencing token of the current hold: each later holder's is higher. None if never acquired."""
-        lease = self._lease
-        return None if lease is None else lease.token
-
-    @property
-    def held(self) -> bool:
-        """Whether the lease lasts, as far as is known here without asking the server."""
-        lease = self._lease
-        return lease is not None and self._epoch is self._manager.epoch and time.monotonic() < lease.end
-
-    def check(self) -> None:
-        """Raise unless the lock is held, as far as is known here without asking the server.
-
-        Raises:
-            LockLostError: If the lease was lost.
-            LockError: If the lock was not acquired.
-        """
-        lease = self._own_lease()
-        if time.monotonic() >= lease.end:
-            raise self._lost_error(lease)
-
-    def acquire(self, timeout: float | EllipsisType | None = ...) -> int:
-        """Wait for the lock.
-
-        Args:
-            timeout: Seconds to wait at most; None: for ever, 0: try once. As given to the lock by default.
-
-        Returns:
-            The fencing token.
-
-        Raises:
-            LockNotAcquiredError: If somebody else still holds it; it says who, and for how long.
-            StorageUnavailableError: If the server does not answer.
-            LockError: If this thread holds it already.
-        """
-        limit = self.timeout if isinstance(timeout, EllipsisType) else _checked_timeout(timeout)
-        manager = self._manager
-        if self._epoch is not manager.epoch:  # in a forked child: the parent's hold is not ours
-            self._epoch, self._turn = manager.epoch, threading.Lock()
-            self._thread, self._lease, self.lost = 0, None, threading.Event()
-        thread = threading.get_ident()
-        if not self._turn.acquire(False):
-            if self._thread == thread:
-                if not self.lost.is_set():
-                    raise LockError(
-                        f"lock {self.name!r} is held by this thread already; it is not reentrant",
-                        name=self.name,
-                    )
-                self._end_turn()
-            limit = self._wait_turn(limit)
-        self._thread = thread
-        try:
-            if self.lost.is_set():
-                self.lost.clear()
-            self._lease = lease = manager.acquire(self, limit)
-        except BaseException:
-            self._end_turn()
-            raise
-        return lease.token
-
-    def release(self) -> None:
-        """Give the lock back, to the next one in the queue if there is one.
-
-        Raises:
-            LockLostError: If the lease was lost before; somebody else may have been in the section.
-            LockError: If this object does not hold the lock.
-            StorageUnavailableError: If the server does not answer; the lock is free when its lease ends.
-        """
-        lease = self._own_lease()
-        try:
-            if not self._manager.release(self, lease):
-                self.lost.set()
-                raise self._lost_error(lease)
-        finally:
-            self._end_turn()
-
-    def __enter__(self) -> int:
-        return self.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.release()
-        except (LockError, StorageUnavailableError) as problem:
-            if error is None:
-                raise
-            _logger.warning("%s (while %s was on its way)", problem, type(error).__name__)
-
-    def _wait_turn(self, limit: float | None) -> float | None:
-        """Wait until no other thread uses this object; what is left of the time to wait."""
-        start = time.monotonic()
-        if not self._turn.acquire(timeout=-1 if limit is None else min(limit, threading.TIMEOUT_MAX)):
-            raise self._manager.not_acquired(self, limit, self._manager.holder(self.name))
-        return None if limit is None else max(0.0, limit - (time.monotonic() - start))
-
-    def _end_turn(self) -> None:
-        self._lease, self._thread = None, 0
-        self._turn.release()
-
-    def _own_lease(self) -> Lease:
-        lease = self._lease
-        if lease is None or self._epoch is not self._manager.epoch:
-            raise LockError(f"lock {self.name!r} is not held by this object", name=self.name)
-        return lease
-
-    def _lost_error(self, lease: Lease) -> LockLostError:
-        return LockLostError(
-            f"lock {self.name!r} was lost: its lease of {self.ttl:g} s ended before it was renewed; "
-            f"others may have held it since (fencing token {lease.token})",
-            name=self.name,
-            token=lease.token,
-        )
 
 
 class _Line:
@@ -301,7 +113,9 @@ class LockManager:
 
     def holder(self, name: str) -> HolderInfo | None:
         """Who holds this lock now; None if nobody does."""
-        return self._read_holder(lock_keys(self.prefix, name).holder)
+        key = lock_keys(self.prefix, name).holder
+        text, left, now = self._ask((("GET", key), ("PTTL", key), ("TIME",)))
+        return None if text is None else parse_holder(text, left, now)
 
     def close(self) -> None:
         """Close idle connections and stop renewing: what is still held ends with its lease.
@@ -337,6 +151,10 @@ class LockManager:
                     if mode == 2:
                         self._hot = ""
                     return self._granted(lock, line, ticket, reply[1], asked)
+                if reply[0] == FOREIGN:
+                    raise CorruptRecordError(
+                        f"key {keys.holder!r} on {self.address} is not a lock of ours", key=keys.holder
+                    )
                 if mode == 0:
                     break
                 if woken is None:
@@ -355,9 +173,9 @@ class LockManager:
             self._renewal.remove(ticket)
             self._clean_up(line, keys, ticket, error)
             raise
-        self._lines.append(line)
-        holder = HolderInfo(_text(reply[1]), None, reply[2] / 1000, reply[3] / 1000)
-        raise self.not_acquired(lock, limit, holder)
+        self._put_back(line)
+        holder = HolderInfo(_text(reply[1]), None, max(0.0, reply[2] / 1000), max(0.0, reply[3] / 1000))
+        raise not_acquired(lock, limit, holder)
 
     def release(self, lock: DistributedLock, lease: Lease) -> bool:
         """Give the lock back, in one round trip; whether it was still held."""
@@ -386,20 +204,6 @@ class LockManager:
 
     # -- helpers -----------------------------------------------------------------------------------
 
-    def not_acquired(
-        self, lock: DistributedLock, limit: float | None, holder: HolderInfo | None
-    ) -> LockNotAcquiredError:
-        """The error that says who held the lock, and for how long."""
-        who = "another holder, just gone" if holder is None else f"{holder.owner} for {holder.held_for:.1f} s"
-        tried = f"in {limit:g} s" if limit else "at once"
-        return LockNotAcquiredError(
-            f"lock {lock.name!r} not acquired {tried}: held by {who}",
-            name=lock.name,
-            timeout=limit,
-            holder=None if holder is None else holder.owner,
-            held_for=None if holder is None else holder.held_for,
-        )
-
     def _owner_text(self) -> str:
         return self._owner + threading.current_thread().name
 
@@ -409,9 +213,18 @@ class LockManager:
         except IndexError:
             return _Line(self._make_node(self._make_patient_connection), f"{self._uid}:{next(self._numbers)}")
 
-    def _granted(self, lock: DistributedLock, line: _Line, ticket: str, token: int, since: float) -> Lease:
+    def _granted(
+        self,
+        lock: DistributedLock,
+        line: _Line,
+        ticket: str,
+        token: int,
+        since: float,
+        backing: Any = None,
+    ) -> Lease:
         on_lost = None if lock.on_lost is None else functools.partial(lock.on_lost, lock)
         lease = Lease(lock.name, lock.keys.holder, ticket, token, lock.ttl, since, lock.lost, on_lost)
+        lease.backing = backing
         self._renewal.add(lease)
         self._put_back(line)
         return lease
@@ -423,7 +236,7 @@ class LockManager:
             line.node.close()
 
     def _make_node(self, make_connection: Callable[[], Connection]) -> Node:
-        return Node(make_connection, self.address, self.timeout, self._on_connect)
+        return Node(make_connection, self.address, self.timeout, on_connect=self._on_connect)
 
     def _make_patient_connection(self) -> Connection:
         connection = self._make_connection()
@@ -442,7 +255,7 @@ class LockManager:
         return connection
 
     def _clean_up(self, line: _Line, keys: LockKeys, ticket: str, error: BaseException) -> None:
-        """After Ctrl-C: neither hold the lock nor queue for it, as nobody knows of this ticket any more."""
+        """After Ctrl-C: neither hold the lock nor queue for it, as nobody knows this ticket any more."""
         line.node.close()
         if isinstance(error, DLockError):
             return  # the server is away or refuses us
@@ -455,26 +268,23 @@ class LockManager:
             _logger.debug("lock ticket %s left behind: %s", ticket, problem)
         line.node.close()
 
-    def _read_holder(self, key: str) -> HolderInfo | None:
+    def _ask(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
         line = self._take_line()
         line.node.timeout = self.timeout
         try:
-            text, left, now = line.node.commands((("GET", key), ("PTTL", key), ("TIME",)))
+            replies = line.node.commands(commands)
         except BaseException:
             line.node.close()
             raise
         self._put_back(line)
-        if text is None:
-            return None
-        _, token, since, owner = _text(text).split(" ", 3)
-        held_for = int(now[0]) + int(now[1]) / 1e6 - int(since) / 1000
-        return HolderInfo(owner, int(token), max(0.0, held_for), max(0.0, left / 1000))
+        return replies
 
 
-def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and (isinstance(timeout, bool) or not timeout >= 0):
-        raise ValueError(f"timeout is in seconds, 0 or more, or None to wait for ever; got {timeout!r}")
-    return None if timeout == float("inf") else timeout
+def parse_holder(text: bytes, left_ms: int, now: Sequence[bytes]) -> HolderInfo:
+    """What a lock's key says, with the replies to PTTL and TIME."""
+    _, token, since, owner = _text(text).split(" ", 3)
+    held_for = int(now[0]) + int(now[1]) / 1e6 - int(since) / 1000
+    return HolderInfo(owner, int(token), max(0.0, held_for), max(0.0, left_ms / 1000))
 
 
 def _seconds(value: float) -> str:

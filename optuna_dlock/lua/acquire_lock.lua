@@ -3,14 +3,24 @@
 -- KEYS[4] wake list of this ticket  KEYS[5] mark that this ticket waits (string: ttl owner)
 -- ARGV[1] ticket  ARGV[2] ttl in ms  ARGV[3] owner  ARGV[4] what the names of all wake lists begin with
 -- ARGV[5] 0 now or never | 1 queue | 2 queue, and wake this ticket even if it gets the lock at once
--- Returns {0, token} | {-5, owner, held ms, left ms} BUSY
+-- Returns {0, token} | {-5, owner, held ms, left ms} BUSY | {-8} FOREIGN
 -- Retry-safe (G6): the same ticket again gets the same token, or keeps its place.
--- include hand_over
-local POLL_LIMIT = 3000 -- ms; waiters poll each second, and who has not for so long is no waiter any more
-local FETCH_LIMIT = 1000 -- ms; who was given the lock and has not fetched its wake-up for so long is dead
 local ticket, ttl, owner, wake, mode = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function take()
+  local token = redis.call('INCR', KEYS[2])
+  redis.call('SET', KEYS[1], ticket .. ' ' .. token .. ' ' .. now .. ' ' .. owner, 'PX', ttl)
+  return token
+end
+
+if mode == '1' and redis.call('EXISTS', KEYS[1], KEYS[3]) == 0 then
+  return {0, take()} -- the usual case: neither held nor queued for
+end
+-- include hand_over
+local POLL_LIMIT = 3000 -- ms; waiters poll each second, and who has not for so long is no waiter any more
+local FETCH_LIMIT = 1000 -- ms; who was given the lock and has not fetched its wake-up for so long is dead
 
 local function enqueue()
   if redis.call('SET', KEYS[5], ttl .. ' ' .. owner, 'PX', POLL_LIMIT, 'NX') then
@@ -26,7 +36,9 @@ end
 local held, token = redis.call('GET', KEYS[1]), nil
 if held then
   local holder, number, since = string.match(held, '^(%S+) (%d+) (%d+) ')
-  if holder == ticket then
+  if not holder then
+    return {-8}
+  elseif holder == ticket then
     token = tonumber(number)
     redis.call('PEXPIRE', KEYS[1], ttl)
     redis.call('DEL', KEYS[4])
@@ -43,8 +55,7 @@ if not held then
     head, token = hand_over(KEYS[1], KEYS[2], KEYS[3], wake)
   end
   if not head then
-    token = redis.call('INCR', KEYS[2])
-    redis.call('SET', KEYS[1], ticket .. ' ' .. token .. ' ' .. now .. ' ' .. owner, 'PX', ttl)
+    token = take()
   elseif head == ticket then
     redis.call('DEL', KEYS[4])
   else
