@@ -12,12 +12,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import hiredis
 import redis
 import redis.exceptions as redis_errors
 
+from optuna_dlock.channel import Channel, Connection, RefusalError, open_channel, refusal
 from optuna_dlock.errors import (
     AccessDeniedError,
     CorruptRecordError,
@@ -37,42 +38,11 @@ _pack_command: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pac
 # A deferred write is collected by the next call that waits; past this many, posting waits for it.
 MAX_OUTSTANDING = 1000
 # Refusals that pass by themselves: the server is loading, a failover is under way, a script runs long.
-_PASSING = (
-    "LOADING",
-    "READONLY",
-    "MASTERDOWN",
-    "CLUSTERDOWN",
-    "TRYAGAIN",
-    "BUSY",
-    "NOREPLICAS",
-    "UNKILLABLE",
+_PASSING = frozenset(
+    ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "NOREPLICAS", "NOSCRIPT")
 )
-_DENIED = ("WRONGPASS", "NOAUTH", "NOPERM")
-_PASSING_ERRORS = (
-    redis_errors.NoScriptError,
-    redis_errors.BusyLoadingError,
-    redis_errors.ReadOnlyError,
-    redis_errors.MasterDownError,
-    redis_errors.ClusterDownError,
-    redis_errors.TryAgainError,
-)
+_DENIED = frozenset(("WRONGPASS", "NOAUTH", "NOPERM"))
 _LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
-
-
-class Connection(Protocol):
-    """The part of redis-py's Connection that is used here; fakeredis has it too."""
-
-    def connect(self) -> None:  # noqa: D102
-        ...
-
-    def disconnect(self) -> None:  # noqa: D102
-        ...
-
-    def send_packed_command(self, command: Any, check_health: bool = True) -> None:  # noqa: D102
-        ...
-
-    def read_response(self, disable_decoding: bool = False) -> Any:  # noqa: D102
-        ...
 
 
 class Post:
@@ -156,7 +126,7 @@ class Node:
         self._on_connect = on_connect
         self._on_fork = on_fork
         self._backoff = backoff
-        self._connection: Connection | None = None
+        self._channel: Channel | None = None
         self._checking = False
         self._outstanding: deque[Post] = deque()
         self._sequence = 0
@@ -178,19 +148,24 @@ class Node:
         """
         packed = _pack(script, keys, args)
         with self.lock:
-            connection = self._connection
-            if connection is not None:
+            channel = self._channel
+            if channel is not None:
                 try:
-                    connection.send_packed_command((packed,), check_health=False)
+                    channel.send(packed)
                     self.waits += 1
                     if self._outstanding:
-                        self._read_outstanding(connection)
-                    return connection.read_response(disable_decoding=True)
-                except redis_errors.ResponseError as error:
-                    if not _is_passing(error):
-                        raise self._final(error, keys) from None
+                        self._read_outstanding(channel)
+                    reply = channel.read()
+                    if not isinstance(reply, RefusalError):
+                        return reply
                 except _LOST as error:
-                    self._drop_connection(error)
+                    self._drop_channel(error)
+                except BaseException:  # Ctrl-C: the next reply on this channel would not be the next call's
+                    self.close()
+                    raise
+                else:
+                    if reply.code not in _PASSING:
+                        raise self._final(reply, keys)
             return self._ask([packed], lambda _: keys)[0]
 
     def run_many(
@@ -216,12 +191,15 @@ class Node:
             if len(self._outstanding) >= MAX_OUTSTANDING:
                 self.collect()
             self._outstanding.append(post)
-            if self._connection is None:
+            if self._channel is None:
                 return  # sent, in order, with the next call that connects
             try:
-                self._connection.send_packed_command((post.packed(),), check_health=False)
+                self._channel.send(post.packed())
             except _LOST as error:
-                self._drop_connection(error)
+                self._drop_channel(error)
+            except BaseException:
+                self.close()
+                raise
 
     def collect(self) -> None:
         """Wait for the replies of all posts."""
@@ -246,12 +224,15 @@ class Node:
                         return replies
                 except redis_errors.AuthenticationError as error:  # redis-py counts it as a ConnectionError
                     self.close()
-                    raise self._final(error, []) from None
+                    raise self._final(refusal(error), []) from None
                 except _LOST as error:
-                    self._drop_connection(error)
+                    self._drop_channel(error)
                     problem = error
-                if isinstance(problem, redis_errors.NoScriptError):
-                    self._drop_connection(problem)  # connecting loads the scripts
+                except BaseException:
+                    self.close()
+                    raise
+                if isinstance(problem, RefusalError) and problem.code == "NOSCRIPT":
+                    self._drop_channel(problem)  # connecting loads the scripts
                 if waiting is None:
                     waiting = self._backoff(self.timeout)
                 if not waiting.wait():
@@ -263,21 +244,15 @@ class Node:
                     ) from problem
 
     def _exchange(self, packed: list[Packed]) -> list[Any]:
-        connection = self._connection or self._connect()
+        channel = self._channel or self._connect()
         if packed:
-            connection.send_packed_command(packed, check_health=False)
+            channel.send(b"".join(packed))
         self.waits += 1
         if self._outstanding:
-            self._read_outstanding(connection)
-        return [self._read(connection) for _ in packed]
+            self._read_outstanding(channel)
+        return [channel.read() for _ in packed]
 
-    def _read(self, connection: Connection) -> Any:
-        try:
-            return connection.read_response(disable_decoding=True)
-        except redis_errors.ResponseError as error:
-            return error
-
-    def _read_outstanding(self, connection: Connection) -> None:
+    def _read_outstanding(self, channel: Channel) -> None:
         """Read the replies of all posts; what was refused for a passing reason is sent again.
 
         Order decides: once one post was refused, all later ones are sent again after it, as new
@@ -286,11 +261,13 @@ class Node:
         posts = self._outstanding
         refused: list[Post] = []
         while posts:
-            reply = self._read(connection)
+            reply = channel.read()
             post = posts.popleft()
+            if reply == post.expected and not refused:
+                continue
             if refused or _is_passing(reply):
                 refused.append(post)
-            elif reply != post.expected:
+            else:
                 post.settle(post.subject, self._final(reply, []))
         if refused:
             for post in refused:
@@ -310,31 +287,30 @@ class Node:
 
     def _final(self, reply: Any, keys: Sequence[str]) -> Any:
         """The error to raise for a refusal that no retry mends; other replies as they are."""
-        if not isinstance(reply, Exception):
+        if not isinstance(reply, RefusalError):
             return reply
-        text = str(reply)
-        if isinstance(reply, redis_errors.AuthenticationError) or any(word in text for word in _DENIED):
+        if reply.code in _DENIED:
             return AccessDeniedError(
-                f"{self.address} refused access: {text}; check user, password and ACL of the URL",
+                f"{self.address} refused access: {reply}; check user, password and ACL of the URL",
                 address=self.address,
             )
-        if isinstance(reply, redis_errors.OutOfMemoryError) or "OOM " in text:
+        if reply.code == "OOM":
             return ServerConfigurationError(
-                f"{self.address} has no memory left: {text}; raise its maxmemory or delete old studies",
+                f"{self.address} has no memory left: {reply}; raise its maxmemory or delete old studies",
                 address=self.address,
             )
-        if "WRONGTYPE" in text:
+        if "WRONGTYPE" in str(reply):  # in a script it is not the first word everywhere
             key = self._foreign_key(keys)
             return CorruptRecordError(
                 f"key {key!r} on {self.address} is of another type: somebody else's data stands under our "
                 "prefix; choose another one with ?prefix=NAME",
                 key=key,
             )
-        return DLockError(f"{self.address}: {text}")
+        return DLockError(f"{self.address}: {reply}")
 
     def _foreign_key(self, keys: Sequence[str]) -> str:
-        if len(keys) == 1:
-            return keys[0]
+        if len(keys) < 2:
+            return "".join(keys) or "of a trial"
         types = self.commands([("TYPE", key) for key in keys])
         for key, found in zip(keys, types, strict=True):
             wanted = _TYPES.get(key.rpartition(":")[2], "hash")
@@ -344,60 +320,65 @@ class Node:
 
     # -- connection ------------------------------------------------------------------------------
 
-    def _connect(self) -> Connection:
+    def _connect(self) -> Channel:
         connection = self._make_connection()
         try:
             connection.connect()
         except redis_errors.ResponseError as error:
-            if _is_passing(error):
+            problem = refusal(error)
+            if problem.code in _PASSING:
                 raise redis_errors.ConnectionError(str(error)) from error
-            raise self._final(error, []) from None
+            raise self._final(problem, []) from None
+        channel = open_channel(connection)
+        try:
+            self._prepare(channel)
+        except BaseException:
+            channel.close()
+            raise
+        self._channel = channel
+        return channel
+
+    def _prepare(self, channel: Channel) -> None:
         scripts = all_scripts()
-        connection.send_packed_command(
-            [_pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts], check_health=False
-        )
-        for reply in [self._read(connection) for _ in scripts]:
+        channel.send(b"".join(_pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts))
+        for reply in [channel.read() for _ in scripts]:
             if _is_passing(reply):
                 raise redis_errors.ConnectionError(str(reply))
-            if isinstance(reply, Exception):
+            if isinstance(reply, RefusalError):
                 raise self._final(reply, [])
-        # Outside the bookkeeping of posts: they are sent once the check has passed.
         if self._on_connect is not None and not self._checking:
-            self._check(connection, self._on_connect)
+            self._check(channel, self._on_connect)
         for post in self._outstanding:
-            connection.send_packed_command((post.packed(),), check_health=False)
-        self._connection = connection
-        return connection
+            channel.send(post.packed())
 
-    def _check(self, connection: Connection, on_connect: Callable[[Node], None]) -> None:
+    def _check(self, channel: Channel, on_connect: Callable[[Node], None]) -> None:
+        """Let the owner look at the server before any outstanding write is sent to it."""
         held, self._outstanding = self._outstanding, deque()
-        self._connection, self._checking = connection, True
+        self._channel, self._checking = channel, True
         try:
             on_connect(self)
-        except BaseException:
-            self.close()
-            raise
+            if self._channel is not channel:
+                raise redis_errors.ConnectionError("connection lost while the server was checked")
         finally:
-            self._outstanding, self._checking = held, False
-            if self._connection is not connection:  # lost meanwhile: the caller's loop tries again
+            if self._channel is not channel:
                 self.close()
-        if self._connection is None:
-            raise redis_errors.ConnectionError("connection lost while the server was checked")
+            self._channel = None
+            self._outstanding, self._checking = held, False
 
-    def _drop_connection(self, error: BaseException) -> None:
+    def _drop_channel(self, error: BaseException) -> None:
         _logger.debug("connection to %s lost: %s", self.address, type(error).__name__)
         self.close()
 
     def close(self) -> None:
         """Close the connection; the next call opens another one."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.disconnect()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
     def forget(self) -> None:
         """In a forked child: leave the parent's connection and writes to the parent."""
         self.lock = threading.RLock()
-        self._connection = None
+        self._channel = None
         self._outstanding = deque()
         self._checking = False
         if self._on_fork is not None:
@@ -421,9 +402,7 @@ def _pack(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Pack
 
 
 def _is_passing(reply: Any) -> bool:
-    if not isinstance(reply, Exception):
-        return False
-    return isinstance(reply, _PASSING_ERRORS) or str(reply).startswith(_PASSING)
+    return isinstance(reply, RefusalError) and reply.code in _PASSING
 
 
 def connection_factory(redis_url: str, timeout: float) -> Callable[[], Connection]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import redis
 
+from optuna_dlock.channel import Connection
 from optuna_dlock.keys import DEFAULT_PREFIX
-from optuna_dlock.node import Connection, connection_factory
+from optuna_dlock.node import connection_factory
 from optuna_dlock.url import parse_url
 
 

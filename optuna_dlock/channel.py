@@ -1,0 +1,128 @@
+"""Bytes to and from one server over a connection that redis-py made.
+
+redis-py connects, authenticates and encrypts. After that its calls cost more than the round trip, so
+that commands go to the socket directly, and replies through hiredis. Where there is no socket
+(fakeredis), or it speaks RESP3, redis-py's own calls are used.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import hiredis
+import redis.exceptions as redis_errors
+
+_RECEIVE = 65536  # bytes asked for at once
+
+
+class Connection(Protocol):
+    """The part of redis-py's Connection that is used here; fakeredis has it too."""
+
+    def connect(self) -> None:  # noqa: D102
+        ...
+
+    def disconnect(self) -> None:  # noqa: D102
+        ...
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:  # noqa: D102
+        ...
+
+    def read_response(self, disable_decoding: bool = False) -> Any:  # noqa: D102
+        ...
+
+
+class RefusalError(Exception):
+    """An error reply. The text begins with the server's code, such as NOSCRIPT or OOM."""
+
+    @property
+    def code(self) -> str:
+        """The first word."""
+        return str(self).partition(" ")[0]
+
+
+# redis-py takes the code off the text of these.
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (redis_errors.NoScriptError, "NOSCRIPT"),
+    (redis_errors.BusyLoadingError, "LOADING"),
+    (redis_errors.ReadOnlyError, "READONLY"),
+    (redis_errors.MasterDownError, "MASTERDOWN"),
+    (redis_errors.ClusterDownError, "CLUSTERDOWN"),
+    (redis_errors.TryAgainError, "TRYAGAIN"),
+    (redis_errors.OutOfMemoryError, "OOM"),
+    (redis_errors.NoPermissionError, "NOPERM"),
+    (redis_errors.AuthenticationError, "NOAUTH"),
+)
+
+
+def refusal(error: Exception) -> RefusalError:
+    """The error reply behind an exception of redis-py."""
+    text = str(error)
+    for kind, code in _CODES:
+        if isinstance(error, kind) and not text.startswith(code):
+            return RefusalError(f"{code} {text}")
+    return RefusalError(text)
+
+
+class Channel:
+    """A connected connection, for one thread at a time.
+
+    Attributes:
+        send: Sends packed commands.
+    """
+
+    __slots__ = ("connection", "send")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.send: Callable[[bytes], None] = self._send
+
+    def _send(self, packed: bytes) -> None:
+        self.connection.send_packed_command((packed,), check_health=False)
+
+    def read(self) -> Any:
+        """The next reply; an error reply is returned as a RefusalError."""
+        try:
+            return self.connection.read_response(disable_decoding=True)
+        except (redis_errors.ResponseError, redis_errors.AuthenticationError) as error:
+            return refusal(error)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.disconnect()
+
+
+class SocketChannel(Channel):
+    """The same, straight to the socket."""
+
+    __slots__ = ("_gets", "_reader", "_recv")
+
+    def __init__(self, connection: Connection, sock: socket.socket) -> None:
+        super().__init__(connection)
+        self._reader = hiredis.Reader(replyError=RefusalError, notEnoughData=_INCOMPLETE)
+        self._gets = self._reader.gets
+        self._recv = sock.recv
+        self.send = sock.sendall
+
+    def read(self) -> Any:
+        """The next reply; an error reply is returned as a RefusalError."""
+        reply = self._gets()
+        while reply is _INCOMPLETE:
+            data = self._recv(_RECEIVE)
+            if not data:
+                raise ConnectionResetError("connection closed by the server")
+            self._reader.feed(data)
+            reply = self._gets()
+        return reply
+
+
+_INCOMPLETE = object()
+
+
+def open_channel(connection: Connection) -> Channel:
+    """A channel over a connected connection."""
+    sock = getattr(connection, "_sock", None)
+    if isinstance(sock, socket.socket) and str(getattr(connection, "protocol", None)) == "2":
+        return SocketChannel(connection, sock)
+    return Channel(connection)
