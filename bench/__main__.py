@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import sys
 import tempfile
@@ -12,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from bench import contention, report
+from bench import contention, locks, report
 from bench.environment import describe
 from bench.peers import (
     MYSQL,
@@ -127,13 +127,13 @@ def main(argv: Sequence[str]) -> int:
             results[case.key] = runner.measure(case, peers, options.repeat)
             _say("")
             print("\n".join(report.table(case, results)), end="\n\n", flush=True)
-        print("\n".join(report.summary(cases, results)))
-        if options.json is not None:
-            shown = {"quick": options.quick, "repeat": options.repeat, "peers": sorted(park.peers)}
-            found = report.as_json(environment, shown, cases, results)
-            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print("\n".join(report.summary(cases, results)), end="\n\n")
+        shown = {"quick": options.quick, "repeat": options.repeat, "peers": sorted(park.peers)}
+        found = report.as_json(environment, shown, cases, results)
         if "locks" in options.only:
-            _locks(park.access.redis_url, 1.0 if options.quick else 3.0)
+            found["locks"] = _locks(park.access.redis_url, 2.0 if options.quick else 3.0)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -147,16 +147,14 @@ def _say(text: str) -> None:
         )
 
 
-def _locks(redis_url: str, seconds: float) -> None:
-    """The table of locks, which has its own module."""
-    try:
-        bench_locks = importlib.import_module("bench.locks").bench_locks
-    except ImportError as error:
-        print(f"\nlocks: {error}")
-        return
-    print("\nlocks", flush=True)
-    for row in bench_locks(redis_url, seconds):
-        print(f"  {row}")
+def _locks(redis_url: str, seconds: float) -> dict[str, Any]:
+    """The locks, which have a module and targets of their own."""
+    rows = locks.bench_locks(redis_url, seconds)
+    print(f"locks\n{locks.table(rows)}")
+    verdicts = locks.verdicts(rows)
+    for text, met in verdicts:
+        print(f"  target {text}: {'met' if met else 'NOT MET'}")
+    return {"rows": rows, "targets": [{"target": text, "met": met} for text, met in verdicts]}
 
 
 if __name__ == "__main__":

@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import redis
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, create_trial
 
-from bench.peers import INMEMORY, Access, create_namespace, open_storage
+from bench.peers import Access, create_namespace, open_storage
+from bench.rdb_fill import fill_database
 
 STUDY = "bench"
 FLOATS = 10
@@ -44,14 +45,14 @@ class Context:
     namespace: str
     params: dict[str, Any]
 
-    def open(self, *, filling: bool = False, part: str = "") -> BaseStorage:
+    def open(self, part: str = "") -> BaseStorage:
         """A new storage object; `part` names a second name space beside the main one."""
-        return open_storage(self.peer, self.access, self.namespace + part, filling=filling)
+        return open_storage(self.peer, self.access, self.namespace + part)
 
     def new_part(self, part: str) -> BaseStorage:
         """A storage on a second, empty name space."""
         create_namespace(self.peer, self.access, self.namespace + part)
-        return self.open(part=part)
+        return self.open(part)
 
     def number(self, name: str) -> int:
         """An integer parameter of the workload."""
@@ -80,11 +81,14 @@ def objective_of_five(trial: optuna.Trial) -> float:
 
 
 def templates(count: int, floats: int = FLOATS, steps: int = 0, seed: int = 1) -> Iterator[FrozenTrial]:
-    """Finished trials with float params that differ, and `steps` reports each."""
+    """Finished trials with float params that differ, and `steps` reports each.
+
+    All params have one distribution object: pickled, such a trial is at its smallest, which makes the
+    floor of W4 the lowest there is.
+    """
     draw = random.Random(seed).uniform
-    distributions: dict[str, BaseDistribution] = {
-        f"x{i}": FloatDistribution(-1.0, 1.0) for i in range(floats)
-    }
+    one = FloatDistribution(-1.0, 1.0)
+    distributions: dict[str, BaseDistribution] = {f"x{i}": one for i in range(floats)}
     for _ in range(count):
         params = {name: draw(-1.0, 1.0) for name in distributions}
         yield create_trial(
@@ -108,10 +112,14 @@ def filled(context: Context, count: int, **shape: Any) -> tuple[BaseStorage, int
         return storage, storage.get_study_id_from_name(STUDY)
     except KeyError:
         pass
-    filler = storage if context.peer == INMEMORY else context.open(filling=True)
-    study_id = filler.create_new_study([StudyDirection.MINIMIZE], STUDY)
-    fill(filler, study_id, templates(count, **shape))
-    return storage, storage.get_study_id_from_name(STUDY)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], STUDY)
+    database = getattr(storage, "_backend", None)  # optuna wraps a database in a cache
+    if isinstance(database, RDBStorage):
+        fill_database(database, study_id, templates(count, **shape))
+        storage = context.open()
+    else:
+        fill(storage, study_id, templates(count, **shape))
+    return storage, study_id
 
 
 class Ping:
@@ -119,7 +127,7 @@ class Ping:
 
     def __init__(self, redis_url: str) -> None:
         pool = redis.ConnectionPool.from_url(redis_url, protocol=2)
-        self._connection: Any = pool.make_connection()
+        self._connection = cast(Any, pool.make_connection())
         self._connection.connect()
 
     def __call__(self) -> None:

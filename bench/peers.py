@@ -6,7 +6,6 @@ import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import redis
@@ -37,14 +36,13 @@ class Access:
     mysql_url: str | None = None
 
 
-def open_storage(peer: str, access: Access, namespace: str, *, filling: bool = False) -> BaseStorage:
+def open_storage(peer: str, access: Access, namespace: str) -> BaseStorage:
     """A new storage object on a name space of its own.
 
     Args:
         peer: One of `PEERS`.
         access: Where the servers are.
         namespace: Key prefix, file name, schema or database.
-        filling: Data is only being prepared: databases need not sync each commit to the disk.
     """
     if peer == OURS:
         return _ours(access.redis_url, namespace)
@@ -54,7 +52,7 @@ def open_storage(peer: str, access: Access, namespace: str, *, filling: bool = F
         return JournalStorage(JournalRedisBackend(access.redis_url, prefix=namespace))
     if peer == JOURNAL_FILE:
         return JournalStorage(JournalFileBackend(str(_file(access, namespace, "log"))))
-    return optuna.storages.get_storage(_rdb(peer, access, namespace, filling))
+    return optuna.storages.get_storage(_rdb(peer, access, namespace))
 
 
 def _ours(url: str, namespace: str) -> BaseStorage:
@@ -67,34 +65,18 @@ def _file(access: Access, namespace: str, suffix: str) -> Path:
     return Path(access.folder) / f"{namespace}.{suffix}"
 
 
-def _rdb(peer: str, access: Access, namespace: str, filling: bool) -> RDBStorage:
+def _rdb(peer: str, access: Access, namespace: str) -> RDBStorage:
     if peer == SQLITE:
-        storage = RDBStorage(
-            f"sqlite:///{_file(access, namespace, 'db')}",
-            engine_kwargs={"connect_args": {"timeout": 120}},
-        )
-        if filling:
-            _no_sync(storage.engine)
-        return storage
+        url = f"sqlite:///{_file(access, namespace, 'db')}"
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}})
     import sqlalchemy
 
-    url = sqlalchemy.make_url(_sql_url(peer, access))
+    server = sqlalchemy.make_url(_sql_url(peer, access))
     if peer == MYSQL:
-        url = url.set(database=namespace)
+        server = server.set(database=namespace)
     else:
-        options = f"-csearch_path={namespace}" + (" -csynchronous_commit=off" if filling else "")
-        url = url.update_query_dict({"options": options})
-    return RDBStorage(url.render_as_string(hide_password=False))
-
-
-def _no_sync(engine: Any) -> None:
-    import sqlalchemy
-
-    engine.dispose()
-
-    @sqlalchemy.event.listens_for(engine, "connect")
-    def on_connect(connection: Any, _: Any) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
+        server = server.update_query_dict({"options": f"-csearch_path={namespace}"})
+    return RDBStorage(server.render_as_string(hide_password=False))
 
 
 def _sql_url(peer: str, access: Access) -> str:

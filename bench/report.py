@@ -49,14 +49,18 @@ def _measured(case: Case, target: Target, results: _Results) -> float | None:
     other = results.get(target.case or case.key, {}).get(target.peer, Outcome())
     if ours.value is None or not other.value:
         return None
-    return ours.value / other.value
+    return other.value / ours.value if target.inverse else ours.value / other.value
 
 
 def table(case: Case, results: _Results) -> list[str]:
     """One block: a line for each peer, then the targets."""
     outcomes = results[case.key]
     pinned = "" if case.cpu == "any" else f" ({case.cpu} CPU)" if case.cpu == "same" else " (two CPUs)"
-    lines = [f"{case.key}  {case.title}{pinned}", _row("", case.unit, "min - max", "ours/peer", "")]
+    order = "more" if case.higher_is_better else "less"
+    lines = [
+        f"{case.key}  {case.title}{pinned}; {case.unit}, {order} is better",
+        _row("", case.unit, "min - max", "ours/peer", ""),
+    ]
     ours = outcomes.get(OURS, Outcome()).value
     for peer, outcome in outcomes.items():
         if outcome.value is None:

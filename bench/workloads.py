@@ -57,43 +57,43 @@ def warm_refresh(context: Context) -> Figure:
     reader_id = reader.get_study_id_from_name(STUDY)
     trials = reader.get_all_trials(reader_id, deepcopy=False)
     samples = context.number("samples")
-    new = list(templates(2 * (samples + _WARM_UP), seed=2))
+    new = templates(2 * (samples + _WARM_UP), seed=2)
     ping = Ping(context.access.redis_url) if context.peer in ON_REDIS else None
     refreshes, copies, pings = [], [], []
     for _ in range(samples + _WARM_UP):
-        before = len(trials)
-        writer.create_new_trial(study_id, new.pop())
+        writer.create_new_trial(study_id, next(new))
         start = time.perf_counter()
-        trials = reader.get_all_trials(reader_id, deepcopy=False)
-        refreshes.append(time.perf_counter() - start)
-        assert len(trials) in (before + 1, before + 2)
-        copies.append(timed(trials.copy))
+        found = reader.get_all_trials(reader_id, deepcopy=False)
+        refreshed = time.perf_counter()
+        copied = found.copy()
+        copies.append(time.perf_counter() - refreshed)
+        refreshes.append(refreshed - start)
+        assert len(found) == len(trials) + 1
+        trials = found
+        del found, copied  # never inside what is timed: freeing a long list takes as long as copying it
         if ping is not None:
-            writer.create_new_trial(study_id, new.pop())
+            writer.create_new_trial(study_id, next(new))
             pings.append(timed(ping))
+            trials = reader.get_all_trials(reader_id, deepcopy=False)
+    beyond = [refresh - copy for refresh, copy in zip(refreshes, copies, strict=True)]
     figure = Figure(median_ms(refreshes[_WARM_UP:]), {"copy ms": median_ms(copies[_WARM_UP:])})
     if pings:
-        bare = median_ms(pings[_WARM_UP:])
-        figure.extra["PING ms"] = bare
-        figure.extra["round trips"] = (figure.value - figure.extra["copy ms"]) / bare
+        figure.extra["PING ms"] = median_ms(pings[_WARM_UP:])
+        figure.extra["round trips"] = median_ms(beyond[_WARM_UP:]) / figure.extra["PING ms"]
     return figure
 
 
 def cold_load(context: Context) -> Figure:
     """W4: a new storage object's first `get_all_trials` of a study another process filled; seconds."""
-    count = context.number("trials")
     if context.peer == UNPICKLING:
-        return _unpickle(count)
+        return _unpickle(context)
+    count = context.number("trials")
     warm = context.new_part("w")
     warm_id = warm.create_new_study([optuna.study.StudyDirection.MINIMIZE], STUDY)
     common.fill(warm, warm_id, templates(50))
-    _load(lambda: context.open(part="w"))
+    _load(lambda: context.open("w"))
     del warm
-    gc.collect()
-    start = time.perf_counter()
-    trials = _load(context.open)
-    seconds = time.perf_counter() - start
-    assert len(trials) == count
+    seconds, trials = _cold(lambda: _load(context.open), context.number("rounds"))
     for wanted, found in zip(templates(count), trials, strict=True):
         assert (wanted.params, wanted.values) == (found.params, found.values)
     return Figure(seconds)
@@ -104,16 +104,24 @@ def _load(open_storage: Callable[[], BaseStorage]) -> list[FrozenTrial]:
     return storage.get_all_trials(storage.get_study_id_from_name(STUDY), deepcopy=False)
 
 
-def _unpickle(count: int) -> Figure:
+def _cold(load: Callable[[], list[FrozenTrial]], rounds: int) -> tuple[float, list[FrozenTrial]]:
+    """Median seconds of a load, nothing of the one before being left; and what was loaded."""
+    spent = []
+    trials: list[FrozenTrial] = []
+    for _ in range(rounds):
+        trials.clear()
+        gc.collect()
+        start = time.perf_counter()
+        trials = load()
+        spent.append(time.perf_counter() - start)
+    return median(spent), trials
+
+
+def _unpickle(context: Context) -> Figure:
     """The floor: the same trials, each pickled on its own, already in this process."""
-    pickles = [pickle.dumps(trial) for trial in templates(count)]
+    pickles = [pickle.dumps(trial) for trial in templates(context.number("trials"))]
     _ = [pickle.loads(data) for data in pickles[:50]]
-    gc.collect()
-    start = time.perf_counter()
-    trials = [pickle.loads(data) for data in pickles]
-    seconds = time.perf_counter() - start
-    assert len(trials) == count
-    return Figure(seconds)
+    return Figure(_cold(lambda: [pickle.loads(data) for data in pickles], context.number("rounds"))[0])
 
 
 def tpe(context: Context) -> Figure:
@@ -138,10 +146,24 @@ def pruning(context: Context) -> Figure:
     pruner = optuna.pruners.MedianPruner()
     study = optuna.load_study(study_name=STUDY, storage=storage, pruner=pruner)
     steps = context.number("steps")
-    warm = study.ask()
-    for step in range(_WARM_UP):
-        warm.report(0.5, step)
-        warm.should_prune()
+    _report(study, _WARM_UP)
+    rounds = [_report(study, steps) for _ in range(context.number("rounds"))]
+    bare, bare_id = [], study.ask()._trial_id
+    for step in range(steps):
+        start = time.perf_counter()
+        storage.set_trial_intermediate_value(bare_id, step, 0.5)
+        storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        bare.append(time.perf_counter() - start)
+    assert len(storage.get_trial(bare_id).intermediate_values) == steps
+    extra = {
+        "flat": median([_flatness(calls) for calls in rounds]),
+        "flat, storage calls": _flatness(bare),
+    }
+    return Figure(median([steps / sum(calls) for calls in rounds]), extra)
+
+
+def _report(study: optuna.Study, steps: int) -> list[float]:
+    """Seconds of each `report` + `should_prune` of one new trial."""
     trial = study.ask()
     calls = []
     for step in range(steps):
@@ -149,15 +171,7 @@ def pruning(context: Context) -> Figure:
         trial.report(0.5, step)
         trial.should_prune()
         calls.append(time.perf_counter() - start)
-    bare, bare_id = [], study.ask()._trial_id
-    for step in range(steps):
-        start = time.perf_counter()
-        storage.set_trial_intermediate_value(bare_id, step, 0.5)
-        storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
-        bare.append(time.perf_counter() - start)
-    assert len(storage.get_trial(trial._trial_id).intermediate_values) == steps
-    extra = {"flat": _flatness(calls), "flat, storage calls": _flatness(bare)}
-    return Figure(steps / sum(calls), extra)
+    return calls
 
 
 def _flatness(calls: list[float]) -> float:
