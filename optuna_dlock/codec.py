@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -41,7 +41,7 @@ _EMPTY_TOKEN = bytes(8)
 def pack_trial(
     state: TrialState,
     values: Sequence[float] | None,
-    params: Sequence[tuple[int, float]],
+    params: Collection[tuple[int, float]],
     intermediate_values: Mapping[int, float],
     user_attrs: Mapping[str, Any],
     system_attrs: Mapping[str, Any],
@@ -79,16 +79,25 @@ def pack_trial(
         token,
     )
     layout = _layout(len(params), 0 if values is None else len(values), len(steps))
-    body = layout.pack(
-        *(identity for identity, _ in params),
-        *(value for _, value in params),
-        *(values or ()),
-        *steps.keys(),
-        *steps.values(),
-    )
+    identities, numbers = zip(*params) if params else ((), ())  # noqa: B905 pairs
+    body = layout.pack(*identities, *numbers, *(values or ()), *steps.keys(), *steps.values())
     if rest:
         return head + body + dump_json(rest, "attributes of a trial").encode()
     return head + body
+
+
+def pack_running(datetime_start: datetime) -> bytes:
+    """The record of a trial that has just been created."""
+    return _HEAD.pack(
+        RECORD_FORMAT,
+        TrialState.RUNNING.value,
+        NO_VALUES,
+        0,
+        0,
+        _to_microseconds(datetime_start),
+        NO_TIME,
+        _EMPTY_TOKEN,
+    )
 
 
 class RawTrial:

@@ -123,14 +123,38 @@ class LiveTrial:
     def freeze(self) -> FrozenTrial:
         """The trial as it is now; later writes do not change what is returned."""
         if self._frozen is None:
-            self._frozen = self._make(self.state, self.values, None)
+            self._frozen = make_frozen(
+                self.number,
+                self.trial_id,
+                self.state,
+                self.values,
+                self.datetime_start,
+                None,
+                self.params.copy(),
+                self.distributions.copy(),
+                self.user_attrs.copy(),
+                self.system_attrs.copy(),
+                self.intermediate_values.copy(),
+            )
         return self._frozen
 
     def finished(
         self, state: TrialState, values: Sequence[float] | None, end: datetime | None
     ) -> FrozenTrial:
-        """The trial as it is once it ended."""
-        return self._make(state, self._new_values(values), end)
+        """The trial as it is once it ended; from then on it owns what was written."""
+        return make_frozen(
+            self.number,
+            self.trial_id,
+            state,
+            self._new_values(values),
+            self.datetime_start,
+            end,
+            self.params,
+            self.distributions,
+            self.user_attrs,
+            self.system_attrs,
+            self.intermediate_values,
+        )
 
     def pack(
         self,
@@ -144,7 +168,7 @@ class LiveTrial:
         return pack_trial(
             state,
             self._new_values(values),
-            list(self.internal.values()),
+            self.internal.values(),
             self.intermediate_values,
             self.user_attrs,
             self.system_attrs,
@@ -155,19 +179,3 @@ class LiveTrial:
 
     def _new_values(self, values: Sequence[float] | None) -> list[float] | None:
         return self.values if values is None else [float(value) for value in values]
-
-    def _make(self, state: TrialState, values: list[float] | None, end: datetime | None) -> FrozenTrial:
-        frozen: FrozenTrial = make_frozen(
-            self.number,
-            self.trial_id,
-            state,
-            values,
-            self.datetime_start,
-            end,
-            self.params.copy(),
-            self.distributions.copy(),
-            self.user_attrs.copy(),
-            self.system_attrs.copy(),
-            self.intermediate_values.copy(),
-        )
-        return frozen

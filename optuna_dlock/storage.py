@@ -286,10 +286,10 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         except KeyError:
             raise TrialNotFoundError(f"no trial with trial_id {trial_id} exists", trial_id=trial_id) from None
 
-    @_locked
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """See `BaseStorage`."""
-        return trial_id_of(study_id, self._trials(study_id).create(template_trial))
+        with self._node.lock:
+            return trial_id_of(study_id, self._trials(study_id).create(template_trial))
 
     def set_trial_param(
         self,
@@ -303,13 +303,13 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
             trials, number = self._of(trial_id)
             trials.set_param(number, param_name, float(param_value_internal), distribution)
 
-    @_locked
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         """See `BaseStorage`."""
-        trials, number = self._of(trial_id)
-        return trials.set_state(number, state, values)
+        with self._node.lock:
+            trials, number = self._of(trial_id)
+            return trials.set_state(number, state, values)
 
     @_locked
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
@@ -329,11 +329,11 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         trials, number = self._of(trial_id)
         trials.set_system_attr(number, key, value)
 
-    @_locked
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """See `BaseStorage`."""
-        trials, number = self._of(trial_id)
-        return trials.get(number)
+        with self._node.lock:
+            trials, number = self._of(trial_id)
+            return trials.get(number)
 
     @_locked
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:

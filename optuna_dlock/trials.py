@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, trial_id_of
-from optuna_dlock.codec import dump_json, pack_param, pack_trial, pack_value
+from optuna_dlock.codec import dump_json, pack_param, pack_running, pack_trial, pack_value
 from optuna_dlock.distributions import kind_of, to_text
 from optuna_dlock.errors import (
     DataLostError,
@@ -26,7 +26,7 @@ from optuna_dlock.errors import (
 )
 from optuna_dlock.keys import StudyKeys
 from optuna_dlock.live_trial import PARAM, STEP, SYSTEM_ATTR, USER_ATTR, LiveTrial
-from optuna_dlock.node import Node, Post, pack_head
+from optuna_dlock.node import Argument, Node, Post, pack_head
 from optuna_dlock.scripts import BEHIND, FINISHED, INCOMPATIBLE, NO_STUDY, NO_TRIAL, NOT_WAITING, OK, script
 from optuna_dlock.studies import run_section
 
@@ -64,14 +64,15 @@ class StudyTrials:
         self._deferred = deferred
         self._just_finished = -1
         self._set_field = script("set_trial_field")
+        self._get_trial = script("get_trial")
 
     # -- creation ----------------------------------------------------------------------------------
 
     def create(self, template: FrozenTrial | None) -> int:
         """Create a trial, RUNNING or as the template is; returns its number."""
         if template is None:
-            start: datetime | None = datetime.now()
-            record = pack_trial(TrialState.RUNNING, None, (), {}, {}, {}, start, None)
+            start = datetime.now()
+            record = pack_running(start)
             state = TrialState.RUNNING
         else:
             state = template.state
@@ -348,7 +349,9 @@ class StudyTrials:
         if trial is not None and trial.fresh and trial.refusal is None:
             trial.fresh = False
             return trial.freeze()
-        return self._fetch([number])[0]
+        known = len(cache.table)
+        reply = self._node.run(self._get_trial, *self._get_call(number, known))
+        return self._take(number, reply, known)
 
     def _refetch(self, number: int) -> LiveTrial:
         """An unfinished trial as the server has it.
@@ -363,41 +366,50 @@ class StudyTrials:
         self._raise_refusal(trial)
         return trial
 
-    def _fetch(self, numbers: Sequence[int]) -> list[FrozenTrial]:
-        cache, keys = self._cache, self._keys
-        known = len(cache.table)
-        calls = []
-        for number in numbers:
-            trial = cache.live.get(number)
-            version = "F" if cache.finished(number) is not None else ""
-            if trial is not None and not trial.stale:
-                version = str(trial.version)
-            key_list = (keys.meta, keys.live, keys.trial(number), keys.finished, keys.dists)
-            calls.append((key_list, (number, version, known)))
-        result = []
-        for number, reply in zip(numbers, self._node.run_many(script("get_trial"), calls), strict=True):
-            code = reply[0]
-            if code == NO_STUDY:
-                raise self._gone()
-            if code == NO_TRIAL:
-                cache.forget_live(number)
-                raise self._trial_not_found(number)
-            if code != OK:
-                cache.table.extend(reply[2][len(cache.table) - known :])
-            if code == 1:
-                cache.add_records([number], [reply[1]])
-            elif code == 2:
-                trial = LiveTrial.from_record(
-                    reply[1], number, trial_id_of(cache.study_id, number), 0, cache.table
-                )
-                trial.apply_all(reply[3], cache.table)
-                cache.add_live(trial)
-            result.append(self._known(number))
-        return result
+    def _fetch(self, numbers: Sequence[int]) -> None:
+        """Bring these trials up to date, in one round trip."""
+        known = len(self._cache.table)
+        calls = [self._get_call(number, known) for number in numbers]
+        replies = self._node.run_many(self._get_trial, calls)
+        for number, reply in zip(numbers, replies, strict=True):
+            self._take(number, reply, known)
 
-    def _known(self, number: int) -> FrozenTrial:
-        finished = self._cache.finished(number)
-        return finished if finished is not None else self._cache.live[number].freeze()
+    def _get_call(self, number: int, known: int) -> tuple[Sequence[str], Sequence[Argument]]:
+        cache, keys = self._cache, self._keys
+        trial = cache.live.get(number)
+        if trial is not None:
+            version = "" if trial.stale else str(trial.version)
+        else:
+            version = "" if cache.finished(number) is None else "F"
+        return (
+            (keys.meta, keys.live, keys.trial(number), keys.finished, keys.dists),
+            (number, version, known),
+        )
+
+    def _take(self, number: int, reply: Any, known: int) -> FrozenTrial:
+        """Take in a reply of get_trial."""
+        cache, code = self._cache, reply[0]
+        if code == NO_STUDY:
+            raise self._gone()
+        if code == NO_TRIAL:
+            cache.forget_live(number)
+            raise self._trial_not_found(number)
+        if code != OK:
+            cache.table.extend(reply[2][len(cache.table) - known :])
+        if code == 1:
+            cache.add_records([number], [reply[1]])
+        elif code == 2:
+            trial = LiveTrial.from_record(
+                reply[1], number, trial_id_of(cache.study_id, number), 0, cache.table
+            )
+            trial.apply_all(reply[3], cache.table)
+            cache.add_live(trial)
+        live = cache.live.get(number)
+        if live is not None:
+            return live.freeze()
+        finished = cache.finished(number)
+        assert finished is not None  # noqa: S101 it is one or the other
+        return finished
 
     def get_all(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
         """A new list of the trials in these states, by number."""

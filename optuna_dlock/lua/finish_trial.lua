@@ -5,7 +5,8 @@
 -- Returns {0, length of order} | {-2} NO_TRIAL | {-3} FINISHED | {-4} BEHIND | {-5} BUSY
 -- Retry-safe: the record holds a token of its call; the same record again gets {0}.
 -- include busy
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then
+local old = redis.call('HGET', KEYS[1], ARGV[1])
+if not old then
   local record = redis.call('HGET', KEYS[4], ARGV[1])
   if record == ARGV[3] then
     return {0, redis.call('LLEN', KEYS[5])}
@@ -23,6 +24,8 @@ end
 redis.call('HSET', KEYS[4], ARGV[1], ARGV[3])
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[3])
-redis.call('ZREM', KEYS[6], ARGV[1])
+if string.byte(old, 2) == 4 then
+  redis.call('ZREM', KEYS[6], ARGV[1])
+end
 redis.call('ZREM', KEYS[7], ARGV[1])
 return {0, redis.call('RPUSH', KEYS[5], ARGV[1])}
