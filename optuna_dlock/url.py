@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from optuna_dlock.errors import InvalidURLError
 from optuna_dlock.keys import DEFAULT_PREFIX
@@ -82,45 +82,75 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
         )
     if scheme == "embedded":
         return _embedded(rest, prefix)
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # its text may quote the password
+        raise InvalidURLError(f"cannot understand the host in {_shown(url)!r}", url=_shown(url)) from None
+    if parts.fragment or url.endswith("#"):
+        raise InvalidURLError(f"write '#' as %23 in the URL '{scheme}://***'", url=f"{scheme}://***")
     options = _options(parts, url)
-    prefix = _checked_prefix(prefix or options.pop("prefix", None), url)
-    options.pop("prefix", None)
-    redis_scheme = "unix" if scheme == "unix" else _TCP_SCHEMES[scheme]
-    address = _unix_address(parts, url) if scheme == "unix" else _tcp_address(parts, url)
-    redis_url = urlunsplit((redis_scheme, parts.netloc, parts.path, urlencode(options), ""))
-    if redis_scheme == "unix" and not parts.netloc:
-        redis_url = "unix://" + parts.path + ("?" + urlencode(options) if options else "")
+    url_prefix = options.pop("prefix", None)
+    prefix = _checked_prefix(url_prefix if prefix is None else prefix, url)
+    if scheme == "unix":
+        path = _unix_path(parts, url)
+        user, at, _ = parts.netloc.rpartition("@")
+        base, address = f"unix://{user}{at}{quote(path)}", path
+    else:
+        address = _tcp_address(parts, url)
+        base = urlunsplit((_TCP_SCHEMES[scheme], parts.netloc, parts.path, "", ""))
+    redis_url = base + ("?" + urlencode(options) if options else "")
     return Location(redis_url, None, prefix, address)
 
 
 def _embedded(rest: str, prefix: str | None) -> Location:
+    url = "embedded:" + rest
     path, _, query = rest.partition("?")
-    parts = SplitResult("embedded", "", path, query, "")
-    options = _options(parts, "embedded:" + rest)
-    prefix = _checked_prefix(prefix or options.pop("prefix", None), "embedded:" + rest)
-    options.pop("prefix", None)
+    options = _options(SplitResult("embedded", "", path, query, ""), url)
+    url_prefix = options.pop("prefix", None)
+    prefix = _checked_prefix(url_prefix if prefix is None else prefix, url)
+    path = path.removeprefix("//")
     if not path or options:
         raise InvalidURLError(
-            "an embedded URL names a folder and nothing else: embedded:PATH[?prefix=NAME]",
-            url="embedded:" + rest,
+            "an embedded URL names a folder and nothing else: embedded:PATH[?prefix=NAME]", url=_shown(url)
         )
-    path = os.path.abspath(os.path.expanduser(path.removeprefix("//")))
+    path = os.path.abspath(os.path.expanduser(path))
     return Location(None, path, prefix, f"embedded:{path}")
 
 
 def _options(parts: SplitResult, url: str) -> dict[str, str]:
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    unknown = sorted(set(options) - _CLIENT_OPTIONS - {"prefix"})
-    if unknown:
-        raise InvalidURLError(
-            f"unknown option {unknown[0]!r} in {_shown(url)!r}; known: prefix, "
-            + ", ".join(sorted(_CLIENT_OPTIONS)),
-            url=_shown(url),
-        )
-    if not options.get("db", "0").isdecimal():
-        raise InvalidURLError(f"the database in {_shown(url)!r} is a number", url=_shown(url))
+    known = _known_options(parts.scheme)
+    for name, value in options.items():
+        if name not in known:
+            # A password with "?" or "&" in it looks like an option.
+            secret = "@" in parts.query or "pass" in parts.query.lower()
+            raise InvalidURLError(
+                f"unknown option {'***' if secret else name!r} in {_shown(url)!r}; known here: "
+                + ", ".join(sorted(known)),
+                url=_shown(url),
+            )
+        if name == "db" and not value.isdecimal():
+            raise InvalidURLError(f"the database in {_shown(url)!r} is a number", url=_shown(url))
+        if name.endswith("_timeout") and not _is_duration(value):
+            raise InvalidURLError(f"{name} in {_shown(url)!r} is a number of seconds", url=_shown(url))
     return options
+
+
+def _known_options(scheme: str) -> set[str]:
+    """What redis-py's connection class of this scheme takes."""
+    known = {"prefix", *_CLIENT_OPTIONS}
+    if _TCP_SCHEMES.get(scheme) != "rediss":
+        known = {name for name in known if not name.startswith("ssl_")}
+    if scheme == "unix":
+        known.remove("socket_keepalive")
+    return known
+
+
+def _is_duration(value: str) -> bool:
+    try:
+        return 0 < float(value) < float("inf")
+    except ValueError:
+        return False
 
 
 def _checked_prefix(prefix: str | None, url: str) -> str:
@@ -134,36 +164,45 @@ def _checked_prefix(prefix: str | None, url: str) -> str:
 
 
 def _tcp_address(parts: SplitResult, url: str) -> str:
-    host_part = parts.netloc.rpartition("@")[2]
-    if "," in host_part:
+    user, _, hosts = parts.netloc.partition("@")  # at the first one: a@one,b@two are two masters
+    if "," in (hosts or user):
         raise InvalidURLError(
             f"{_shown(url)!r} names several masters; this version works on one server", url=_shown(url)
         )
     try:
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise InvalidURLError(f"bad port in {_shown(url)!r}: {error}", url=_shown(url)) from None
+    except ValueError:
+        # Neither the port nor the URL is shown: it may be a password, after which "@host" is missing,
+        # or which has a "/" in it.
+        shown = f"{parts.scheme}://***"
+        raise InvalidURLError(
+            f"bad port in {shown!r}: a port is a number up to 65535; special characters in a password are "
+            "written as in %2F for '/'",
+            url=shown,
+        ) from None
     if not host:
         raise InvalidURLError(f"no host in {_shown(url)!r}; known forms: {_EXAMPLES}", url=_shown(url))
     if parts.path not in ("", "/") and not parts.path[1:].isdecimal():
         raise InvalidURLError(
             f"the path of {_shown(url)!r} is a database number, as in redis://host:6379/0", url=_shown(url)
         )
-    return f"{host}:{port or 6379}"
+    return f"[{host}]:{port or 6379}" if ":" in host else f"{host}:{port or 6379}"
 
 
-def _unix_address(parts: SplitResult, url: str) -> str:
-    if not parts.path or parts.path == "/":
+def _unix_path(parts: SplitResult, url: str) -> str:
+    path = unquote(parts.path)
+    if parts.netloc.rpartition("@")[2] or path in ("", "/"):
         raise InvalidURLError(f"no socket path in {_shown(url)!r}: unix:///path/to.sock", url=_shown(url))
-    return parts.path
+    return os.path.abspath(path)
 
 
 def _shown(url: str) -> str:
     """The URL without anything that may be a password."""
     head, at, tail = url.rpartition("@")
     if at:
-        url = head.partition("://")[0] + "://***@" + tail
+        scheme, colon, rest = head.partition(":")
+        url = f"{scheme}{colon}{'//' if rest.startswith('//') else ''}***@{tail}"
     base, question, query = url.partition("?")
-    if question and "password" in query:
+    if question and ("&" in query or not query.startswith("prefix=")):
         url = base + "?***"
     return url
