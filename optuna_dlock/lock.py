@@ -125,6 +125,10 @@ class LockManager:
         self._renewal.stop()
         while self._lines:
             self._lines.pop().node.close()
+        line, self._renewal_line = self._renewal_line, None
+        if line is not None:
+            with line.node.lock:  # the renewal thread may be at it
+                line.node.close()
 
     # -- the backend: what another kind of lock replaces -------------------------------------------
 
