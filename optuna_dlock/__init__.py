@@ -1,5 +1,6 @@
 """An Optuna storage whose critical sections hold across processes and hosts."""
 
+from optuna_dlock.distributed_lock import DistributedLock
 from optuna_dlock.errors import (
     AccessDeniedError,
     CorruptRecordError,
@@ -18,7 +19,6 @@ from optuna_dlock.errors import (
     StudyNotFoundError,
     TrialNotFoundError,
 )
-from optuna_dlock.lock import DistributedLock
 from optuna_dlock.storage import RedisLockedStorage
 
 __version__ = "0.1.0"

@@ -20,8 +20,9 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, study_and_number, trial_id_of
+from optuna_dlock.distributed_lock import DistributedLock
 from optuna_dlock.errors import DLockError, TrialNotFoundError
-from optuna_dlock.lock import DistributedLock, LockManager
+from optuna_dlock.lock import LockManager
 from optuna_dlock.node import Node
 from optuna_dlock.server import server_of_client, server_of_url
 from optuna_dlock.studies import Registry
@@ -34,6 +35,14 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _BACKENDS = ("redlock", "pottery")
+
+
+def _lock_manager(backend: str) -> type[LockManager]:
+    if backend == "redlock":
+        return LockManager
+    from optuna_dlock.pottery_lock import PotteryLockManager  # needs the extra `pottery`, and only here
+
+    return PotteryLockManager
 
 
 def _locked(method: Any) -> Any:
@@ -127,18 +136,10 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
             on_connect=self._registry.check_server,
             on_fork=self._start_anew,
         )
-        self._make_connection = make_connection
-        self._lock_manager: LockManager | None = None
+        self._locks = _lock_manager(self._lock_backend)(
+            make_connection, self._server.address, self._timeout, self._server.prefix
+        )
         self._start_anew()
-
-    @property
-    def _locks(self) -> LockManager:
-        with self._node.lock:
-            if self._lock_manager is None:
-                self._lock_manager = LockManager(
-                    self._make_connection, self._server.address, self._timeout, self._server.prefix
-                )
-            return self._lock_manager
 
     def _start_anew(self) -> None:
         self._client = secrets.token_urlsafe(9)
@@ -164,8 +165,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         with self._node.lock:
             self._node.collect()
             self._node.close()
-            if self._lock_manager is not None:
-                self._lock_manager.close()
+        self._locks.close()
 
     def __enter__(self) -> RedisLockedStorage:
         return self
@@ -266,7 +266,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
                 keys,
                 StudyCache(study_id, info.directions, keys.finished),
                 self._client,
-                lambda: keys.lock,
+                functools.partial(self._locks.holder_key, f"study:{study_id}"),
                 functools.partial(self._gone, study_id),
                 self._deferred_writes,
             )
