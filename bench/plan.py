@@ -128,7 +128,7 @@ def _many_processes(quick: bool) -> list[Case]:
     per = 30 if quick else 100
     slow = {"trials": 5 if quick else 20}
     many = 16 if quick else 64
-    title = "{} processes x {} ask/tell on one study, 2 floats"
+    title = "{} processes x {} ask/tell on one study, 2 floats (InMemory: one process)"
     run = parallel.ask_and_tell
     no_slower = Target("no slower than with 8", 0.95, True, OURS, "W2")
     return [
@@ -230,7 +230,7 @@ def _samplers(quick: bool) -> list[Case]:
 
 def _queue(quick: bool) -> list[Case]:
     trials = 200 if quick else 500
-    title = f"{trials} enqueued trials drained by {{}} processes"
+    title = f"{trials} enqueued trials drained by {{}} processes (InMemory: one)"
     return [
         Case(
             *("W7", "W7", title.format(4), "trials/s", parallel.drain, _STORAGES),

@@ -36,8 +36,12 @@ class Verdict:
 
 
 def verdicts(case: Case, results: _Results) -> list[Verdict]:
-    """Judge the targets of a case."""
-    return [Verdict(target, _measured(case, target, results)) for target in case.targets]
+    """Judge the targets of a case; those against a peer that was not asked for are left out."""
+    return [
+        Verdict(target, _measured(case, target, results))
+        for target in case.targets
+        if target.peer is None or target.peer in results.get(target.case or case.key, {})
+    ]
 
 
 def _measured(case: Case, target: Target, results: _Results) -> float | None:

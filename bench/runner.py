@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,6 +72,7 @@ class Runner:
         self._say = say
         self._cpus = cpus()
         self._count = 0
+        self._name = f"bench_{time.time_ns():x}"  # the server may be somebody else's
 
     def measure(self, case: Case, peers: Sequence[str], repeat: int) -> Outcomes:
         """Run one case with these peers, each `repeat` times, in turns.
@@ -125,7 +127,7 @@ class Runner:
 
     def _namespace(self) -> str:
         self._count += 1
-        return f"bench{self._count}"
+        return f"{self._name}_{self._count}"
 
     def _clean(self, peer: str, namespace: str | None) -> None:
         for part in ("", "w"):

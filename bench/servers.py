@@ -78,7 +78,7 @@ def start_valkey(folder: Path, binary: str | None = None) -> Server:
 def start_postgres(folder: Path) -> Server:
     """A private PostgreSQL with its own defaults (fsync included)."""
     bins = _binaries("postgres", "initdb")
-    user = _unprivileged("postgres")
+    user = _unprivileged("postgres", "nobody")
     port = free_port()
     folder.mkdir()
     _give(folder, user)
@@ -94,7 +94,7 @@ def start_postgres(folder: Path) -> Server:
 def start_mariadb(folder: Path) -> Server:
     """A private MariaDB with its own defaults."""
     bins = _binaries("mariadbd", "mariadb-install-db")
-    user = _unprivileged("mysql")
+    user = _unprivileged("mysql", "nobody")
     port = free_port()
     folder.mkdir()
     _give(folder, user)
@@ -114,10 +114,18 @@ def pin(pid: int, cpus: Iterable[int]) -> bool:
     if not hasattr(os, "sched_setaffinity"):
         return False
     wanted = set(cpus)
-    for each in [pid, *_children(pid)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(each, wanted)
+    for process in [pid, *_children(pid)]:
+        for thread in _threads(process):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, wanted)
     return True
+
+
+def _threads(pid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return [pid]
 
 
 def _children(pid: int) -> list[int]:
@@ -149,14 +157,15 @@ def _binaries(*names: str) -> dict[str, str]:
     return {name: path for name, path in found.items() if path is not None}
 
 
-def _unprivileged(name: str) -> str | None:
-    """The user to run a database as: both refuse root."""
+def _unprivileged(*names: str) -> str | None:
+    """The user to run a database as, the first there is: both refuse root."""
     if os.geteuid() != 0:
         return None
-    try:
-        return pwd.getpwnam(name).pw_name
-    except KeyError:
-        raise ServerNotStartedError(f"root may not run it and there is no user {name!r}") from None
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    for name in names:
+        if name in known:
+            return name
+    raise ServerNotStartedError(f"root may not run it, and there is no user {names[0]!r}")
 
 
 def _give(folder: Path, user: str | None) -> None:
