@@ -8,8 +8,9 @@ local seen = '.q' .. ARGV[2]
 local head = redis.call('HMGET', KEYS[1], '.v', seen)
 local version = tonumber(head[1])
 if not version then
-  -- The first write; later ones find the hash, which goes when the trial finishes.
-  if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 then
+  -- The first write; later ones find the hash, which goes when the trial finishes. A study that is being
+  -- swept away has no meta any more, and must not get new keys.
+  if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 or redis.call('EXISTS', KEYS[3]) == 0 then
     return -2
   end
   version = 0
