@@ -7,6 +7,7 @@ that commands go to the socket directly, and replies through hiredis. Where ther
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -33,13 +34,25 @@ class Connection(Protocol):
         ...
 
 
+# Redis 6.2 and KeyDB wrap what a script ran into: "ERR Error running script (…): @user_script: 1: -OOM …".
+_WRAPPED = re.compile(r"^ERR Error running script .*?@user_script: ?\d+: -?([A-Z]{3,}) ")
+# No server gives these their code NOPERM within a script.
+_FORBIDDEN = re.compile(r"^ERR .*(ACL failure in script|The user executing the script can't )")
+
+
 class RefusalError(Exception):
     """An error reply. The text begins with the server's code, such as NOSCRIPT or OOM."""
 
     @property
     def code(self) -> str:
-        """The first word."""
-        return str(self).partition(" ")[0]
+        """The first word, or that of the error inside a script."""
+        text = str(self)
+        if text.startswith("ERR "):
+            if wrapped := _WRAPPED.match(text):
+                return wrapped[1]
+            if _FORBIDDEN.match(text):
+                return "NOPERM"
+        return text.partition(" ")[0]
 
 
 # redis-py takes the code off the text of these.

@@ -225,6 +225,8 @@ class Node:
                 except redis_errors.AuthenticationError as error:  # redis-py counts it as a ConnectionError
                     self.close()
                     raise self._final(refusal(error), []) from None
+                except DLockError:  # some are OSErrors; no other try mends them, and all replies were read
+                    raise
                 except _LOST as error:
                     self._drop_channel(error)
                     problem = error
@@ -260,19 +262,27 @@ class Node:
         """
         posts = self._outstanding
         refused: list[Post] = []
-        while posts:
-            reply = channel.read()
-            post = posts.popleft()
-            if reply == post.expected and not refused:
-                continue
-            if refused or _is_passing(reply):
-                refused.append(post)
-            else:
-                post.settle(post.subject, self._final(reply, []))
+        try:
+            while posts:
+                reply = channel.read()
+                post = posts.popleft()
+                if reply == post.expected and not refused:
+                    continue
+                if refused or _is_passing(reply):
+                    refused.append(post)
+                else:
+                    post.settle(post.subject, self._final(reply, []))
+        except BaseException:
+            self.close()  # the next reply would not be the next call's
+            raise
+        finally:
+            if refused:  # also if the connection broke before all were read
+                refused.extend(posts)
+                posts.clear()
+                posts.extend(refused)
+                for post in posts:
+                    post.sequence = self.next_sequence()
         if refused:
-            for post in refused:
-                post.sequence = self.next_sequence()
-            posts.extend(refused)
             raise redis_errors.ConnectionError("the server refused a deferred write for now")
 
     def _passing_problem(
