@@ -24,7 +24,7 @@ class LiveTrial:
     Attributes:
         version: Number of writes since creation, by all processes; the server counts the same.
         owned: Whether this process created or claimed it: then writes need not wait.
-        fresh: Whether the next `get_trial` may be answered from here (it was just created or claimed).
+        fresh: The round trip that created or claimed it; `get_trial` asks nobody until the next one.
         stale: Whether a reply told that the server has more than this: it has to be fetched again.
         head: The first part of the command that writes to it, once made.
         refusal: What the server said to a deferred write, to be raised by the next call on the trial.
@@ -53,7 +53,7 @@ class LiveTrial:
         self.version = 0
         self.head = b""
         self.owned = False
-        self.fresh = False
+        self.fresh = 0
         self.stale = False
         self.refusal: Exception | None = None
         self._frozen: FrozenTrial | None = None

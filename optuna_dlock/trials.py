@@ -77,7 +77,7 @@ class StudyTrials:
         else:
             state = template.state
             record = self._pack_template(template)
-        keys, cache = self._keys, self._cache
+        keys, cache, waits = self._keys, self._cache, self._node.waits
         reply = run_section(
             self._node,
             script("create_trial"),
@@ -103,7 +103,7 @@ class StudyTrials:
                 )
             )
             trial.owned = state is TrialState.RUNNING
-            trial.fresh = True
+            trial.fresh = self._freshness(trial, waits)
             cache.add_live(trial)
         return int(number)
 
@@ -316,7 +316,7 @@ class StudyTrials:
         now: datetime,
         token: bytes,
     ) -> Any:
-        keys, number = self._keys, trial.number
+        keys, number, waits = self._keys, trial.number, self._node.waits
         claim = state is TrialState.RUNNING
         start = now if claim else trial.datetime_start
         record = trial.pack(state, values, start, None, token)
@@ -332,7 +332,10 @@ class StudyTrials:
         if reply[0] == OK:
             moved = LiveTrial.from_record(record, number, trial.trial_id, int(reply[1]), self._cache.table)
             self._cache.add_live(moved)
-            moved.owned = moved.fresh = claim
+            moved.owned = claim
+            # A retry finds what others wrote after the first try: the record lacks it (G2).
+            moved.stale = moved.version != trial.version + 1
+            moved.fresh = self._freshness(moved, waits)
         return reply
 
     # -- reads -------------------------------------------------------------------------------------
@@ -346,12 +349,17 @@ class StudyTrials:
             if finished is not None:
                 return finished
         trial = cache.live.get(number)
-        if trial is not None and trial.fresh and trial.refusal is None:
-            trial.fresh = False
+        if trial is not None and trial.fresh == self._node.waits and trial.refusal is None:
+            trial.fresh = 0
             return trial.freeze()
         known = len(cache.table)
         reply = self._node.run(self._get_trial, *self._get_call(number, known))
         return self._take(number, reply, known)
+
+    def _freshness(self, trial: LiveTrial, waits: int) -> int:
+        """Until when the trial may be read from here: up to the next round trip; never after a retry (G5)."""
+        ours = trial.state is TrialState.RUNNING and not trial.stale
+        return self._node.waits if ours and self._node.waits == waits + 1 else 0
 
     def _refetch(self, number: int) -> LiveTrial:
         """An unfinished trial as the server has it.
