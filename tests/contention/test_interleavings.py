@@ -1,0 +1,100 @@
+"""The smallest interleavings of two storages that once went wrong, or nearly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from optuna_dlock import RedisLockedStorage
+from tests.proxy import CuttingProxy
+from tests.servers import Server
+
+
+@pytest.fixture
+def proxy(valkey: Server) -> Iterator[CuttingProxy]:
+    """A proxy in front of the server of `far`."""
+    with CuttingProxy(valkey.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def near(valkey_url: str) -> RedisLockedStorage:
+    """A storage straight to the server."""
+    return RedisLockedStorage(valkey_url)
+
+
+@pytest.fixture
+def far(valkey_url: str, valkey: Server, proxy: CuttingProxy) -> RedisLockedStorage:
+    """A storage on the same data, through the proxy."""
+    return RedisLockedStorage(valkey_url.replace(f":{valkey.port}", f":{proxy.port}"))
+
+
+@pytest.fixture
+def study_id(near: RedisLockedStorage) -> int:
+    study_id: int = near.create_new_study([optuna.study.StudyDirection.MINIMIZE])
+    return study_id
+
+
+def _before_reconnecting(storage: RedisLockedStorage, act: Callable[[], object]) -> None:
+    """Do something once the storage has lost its connection, and before it opens the next one."""
+    connect = storage._node._make_connection
+
+    def act_and_connect() -> object:
+        storage._node._make_connection = connect
+        act()
+        return connect()
+
+    storage._node._make_connection = act_and_connect  # type: ignore[assignment]
+
+
+def _waiting() -> optuna.trial.FrozenTrial:
+    return create_trial(state=TrialState.WAITING)
+
+
+def test_a_trial_that_another_has_finished_is_read_finished_by_the_one_who_queued_it(
+    near: RedisLockedStorage, far: RedisLockedStorage, study_id: int
+) -> None:
+    """G5: what a storage knows of a trial it has just created holds for nobody else's WAITING trial."""
+    trial_id = far.create_new_trial(study_id, _waiting())
+    near.set_trial_state_values(trial_id, TrialState.RUNNING)
+    near.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+    assert far.get_trial(trial_id).state is TrialState.COMPLETE
+
+
+def test_a_running_trial_that_another_has_finished_is_read_finished_by_its_creator_later_on(
+    near: RedisLockedStorage, far: RedisLockedStorage, study_id: int
+) -> None:
+    """G5: what is known without asking is known right after the creation only."""
+    trial_id = far.create_new_trial(study_id)
+    far.get_n_trials(study_id)
+    near.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+    assert far.get_trial(trial_id).state is TrialState.COMPLETE
+
+
+def test_a_creation_whose_reply_came_late_is_not_taken_for_news(
+    near: RedisLockedStorage, far: RedisLockedStorage, study_id: int, proxy: CuttingProxy
+) -> None:
+    """G5: between the creation and the retry that asks for its number, others go on."""
+    far.get_n_trials(study_id)
+    _before_reconnecting(far, lambda: near.set_trial_state_values(study_id << 32, TrialState.COMPLETE, [1.0]))
+    proxy.cut_next_reply()
+    trial_id = far.create_new_trial(study_id)
+    assert far.get_trial(trial_id).state is TrialState.COMPLETE
+    assert near.get_n_trials(study_id) == 1
+
+
+def test_an_attribute_written_between_a_claim_and_its_retry_is_kept(
+    near: RedisLockedStorage, far: RedisLockedStorage, study_id: int, proxy: CuttingProxy
+) -> None:
+    """G2: who claims a trial knows only of writes from before, and must not finish it without the others."""
+    trial_id = near.create_new_trial(study_id, _waiting())
+    assert far.get_trial(trial_id).state is TrialState.WAITING
+    _before_reconnecting(far, lambda: near.set_trial_user_attr(trial_id, "by", "another"))
+    proxy.cut_next_reply()
+    assert far.set_trial_state_values(trial_id, TrialState.RUNNING)
+    assert far.get_trial(trial_id).user_attrs == {"by": "another"}
+    far.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+    assert near.get_trial(trial_id).user_attrs == {"by": "another"}

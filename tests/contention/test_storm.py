@@ -1,0 +1,101 @@
+"""The storm: 40 processes on one study, and every fault at once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+
+from tests.contention.conftest import CrewMaker
+from tests.contention.facts import Record
+from tests.proxy import CuttingProxy
+from tests.servers import FLAVOURS, Server
+
+TIMEOUT = 5.0  # seconds for which a worker's call goes on trying
+
+
+@pytest.mark.parametrize("lock", ["redlock", "pottery"])
+def test_forty_workers_lose_nothing_while_workers_die_pause_are_cut_off_and_the_server_restarts(
+    lock: Literal["redlock", "pottery"], make_crew: CrewMaker
+) -> None:
+    """G1-G6 on Valkey."""
+    with Server("valkey", appendonly=True) as server, CuttingProxy(server.port) as proxy:
+        crew = make_crew(server.url, 40, timeout=TIMEOUT, lock=lock)
+        crew.jobs[24:32] = [replace(job, url=proxy.url) for job in crew.jobs[24:32]]
+        mortal, sleepy, cut = crew.jobs[:8], crew.jobs[8:16], crew.jobs[24:32]
+        with crew:
+            crew.wait_for_more(crew.jobs)
+            proxy.cut_randomly(0.01, seed=1)
+            crew.pause(sleepy)
+            paused_at = time.monotonic()
+            crew.kill(mortal[:4])
+            crew.wait_for_more(crew.jobs[16:])
+            server.command("SCRIPT", "FLUSH")
+            crew.wait_for_more(crew.jobs[16:], 20)
+            crew.kill(mortal[4:6])
+            server.kill()
+            server.start()
+            crew.wait_for_more(crew.jobs[16:], 20)
+            crew.kill(mortal[6:])
+            time.sleep(max(0.0, paused_at + TIMEOUT + 1.0 - time.monotonic()))
+            crew.resume(sleepy)
+            crew.wait_for_more([*sleepy, *crew.jobs[16:]], 20)
+            assert proxy.cuts > 10
+            crew.finish()
+        assert crew.problems() == []
+        records = crew.records()
+        _assert_that_much_happened(records)
+        for job in [*crew.jobs[16:24], *crew.jobs[32:]]:
+            assert not records[job.name].of("unavailable"), "a server that restarts is waited for"
+        for job in cut:
+            assert not records[job.name].open, "a cut between request and reply leaves no doubt"
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_twelve_workers_lose_nothing_on_any_server(flavour: str, make_crew: CrewMaker) -> None:
+    """The same, smaller: a death, a pause, cuts, a flush and a restart on every flavour."""
+    with Server(flavour, appendonly=True) as server, CuttingProxy(server.port) as proxy:
+        crew = make_crew(server.url, 12, timeout=TIMEOUT)
+        crew.jobs[8:] = [replace(job, url=proxy.url) for job in crew.jobs[8:]]
+        with crew:
+            crew.wait_for_more(crew.jobs)
+            proxy.cut_randomly(0.02, seed=2)
+            crew.kill(crew.jobs[:2])
+            crew.pause(crew.jobs[2:4])
+            server.command("SCRIPT", "FLUSH")
+            crew.wait_for_more(crew.jobs[4:], 20)
+            server.kill()
+            server.start()
+            crew.resume(crew.jobs[2:4])
+            crew.wait_for_more(crew.jobs[2:], 20)
+            crew.finish()
+        assert crew.problems() == []
+        _assert_that_much_happened(crew.records(), least=10)
+
+
+@pytest.mark.parametrize("lock", ["redlock", "pottery"])
+def test_sixteen_workers_drain_a_queue_and_each_trial_is_claimed_once(
+    lock: Literal["redlock", "pottery"], make_crew: CrewMaker, valkey_url: str
+) -> None:
+    """G4, with four that fill the queue and one that dies now and then."""
+    crew = make_crew(valkey_url, 20, lock=lock, mix={"drain": 1}, pause=0.0)
+    crew.jobs[16:] = [
+        replace(job, mix={"enqueue": 2, "add_waiting": 1}, pause=0.01) for job in crew.jobs[16:]
+    ]
+    with crew:
+        for victim in crew.jobs[:4]:
+            crew.wait_for_more(crew.jobs[16:], 30)
+            crew.kill([victim])
+        crew.finish()
+    assert crew.problems() == []
+    popped = [record.of("popped") for record in crew.records().values()]
+    assert sum(map(len, popped)) > 100
+    assert sum(map(bool, popped)) > 12, "the queue is shared"
+
+
+def _assert_that_much_happened(records: dict[str, Record], least: int = 30) -> None:
+    """Else the audit had nothing to compare."""
+    for kind in ("created", "popped", "told", "refused", "wrote", "study attr"):
+        assert sum(len(record.of(kind)) for record in records.values()) >= least, kind
