@@ -13,6 +13,14 @@ from optuna_dlock.keys import DEFAULT_PREFIX
 from optuna_dlock.node import connection_factory
 from optuna_dlock.url import parse_url
 
+# Options of a client's connections that belong to that client: its retries and its notifications.
+_NOT_TAKEN_OVER = (
+    "himport_registry",
+    "maint_notifications_config",
+    "maint_notifications_pool_handler",
+    "retry",
+)
+
 
 @dataclass(frozen=True)
 class Server:
@@ -63,8 +71,10 @@ def server_of_url(url: str | None, prefix: str | None) -> Server:
 def server_of_client(client: redis.Redis, prefix: str | None) -> Server:
     """The server that a redis-py client is connected to; its own connections are not used."""
     pool = client.connection_pool
-    options = dict(pool.connection_kwargs)
+    # A bare object() is redis-py's "not given", which pickling would turn into something given.
+    options = {n: v for n, v in pool.connection_kwargs.items() if type(v) is not object}
     address = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-    for name in ("maint_notifications_config", "maint_notifications_pool_handler", "retry"):
+    for name in _NOT_TAKEN_OVER:
         options.pop(name, None)
+    options["protocol"] = 2
     return Server(str(address), prefix or DEFAULT_PREFIX, client=(pool.connection_class, options))
