@@ -15,7 +15,6 @@ from optuna_dlock.errors import CorruptRecordError
 from optuna_dlock.live_trial import BASE, LiveTrial
 
 _by_number = attrgetter("_number")
-_FINISHED_STATES = tuple(state for state in TrialState if state.is_finished())
 
 StateKey = tuple[TrialState, ...]
 
@@ -30,16 +29,23 @@ def study_and_number(trial_id: int) -> tuple[int, int]:
     return trial_id >> 32, trial_id & 0xFFFFFFFF
 
 
+def concerns_unfinished(states: Container[TrialState] | None) -> bool:
+    """Whether a question about trials in these states is one about unfinished trials too."""
+    return states is None or TrialState.RUNNING in states or TrialState.WAITING in states
+
+
 class StudyCache:
     """The trials of one study.
 
-    Finished trials never change (G3): they are decoded once, in the order in which they finished.
-    Unfinished ones follow the log of changes; a trial that missed one is reported to be fetched again.
+    Finished trials never change (G3): their records are kept as they come, in the order in which the trials
+    finished, and decoded when somebody asks for them. Unfinished ones follow the log of changes; a
+    trial that missed one is reported to be fetched again.
 
     Attributes:
         order_read: How many entries of the server's list of finished trials were read.
         revision: Up to where the log of changes was read; None if unfinished trials are not followed yet.
         n_seen: The largest number of trials the server has told.
+        live: The unfinished trials by number.
     """
 
     def __init__(self, study_id: int, directions: Sequence[StudyDirection], finished_key: str) -> None:
@@ -51,60 +57,72 @@ class StudyCache:
         self.n_seen = 0
         self._directions = list(directions)
         self._finished_key = finished_key
-        self._trials: list[FrozenTrial | None] = []
+        self._finished: list[FrozenTrial | bytes | None] = []  # by number; bytes: not decoded yet
         self._n_finished = 0
-        self._pending: tuple[list[int], list[bytes | None]] = ([], [])
+        self._undecoded: list[int] = []
         self._views: dict[StateKey, list[FrozenTrial]] = {}
-        self._waiting: set[int] = set()
+        self._waiting: list[int] = []  # numbers, ascending
         self._best: FrozenTrial | None = None
 
     # -- taking in ---------------------------------------------------------------------------------
 
     def add_records(self, numbers: Iterable[int], records: Iterable[bytes | None]) -> None:
         """Take in finished trials as the server stores them."""
-        trials, table, high_id = self._trials, self.table, self.study_id << 32
         for number, record in zip(numbers, records, strict=True):
-            if number < len(trials) and trials[number] is not None:
-                continue
             if record is None:
                 raise CorruptRecordError(
                     f"trial {number} is missing in {self._finished_key!r}", key=self._finished_key
                 )
-            try:
-                trial = unpack_trial(record, number, high_id | number, table)
-            except ValueError as error:
-                raise CorruptRecordError(
-                    f"trial {number} in {self._finished_key!r} is unreadable: {error}",
-                    key=self._finished_key,
-                ) from error
-            self.add_finished(trial)
-
-    def defer_records(self, numbers: list[int], records: list[bytes | None]) -> None:
-        """Keep finished trials to be taken in by `settle_records`, should anybody ask for them."""
-        self._pending[0].extend(numbers)
-        self._pending[1].extend(records)
-
-    def settle_records(self) -> None:
-        """Take in what was deferred."""
-        if self._pending[0]:
-            (numbers, records), self._pending = self._pending, ([], [])
-            self.add_records(numbers, records)
+            if self._put(number, record):
+                self._undecoded.append(number)
 
     def add_finished(self, trial: FrozenTrial) -> None:
         """Take in one finished trial; it replaces the unfinished one."""
-        number = trial._number
-        trials = self._trials
-        if number >= len(trials):
-            trials.extend([None] * (number + 1 - len(trials)))
-        elif trials[number] is not None:
-            return
-        trials[number] = trial
+        if self._put(trial._number, trial):
+            self._enter(trial)
+
+    def _put(self, number: int, trial: FrozenTrial | bytes) -> bool:
+        """Keep a finished trial, unless it is known."""
+        finished = self._finished
+        if number >= len(finished):
+            finished.extend([None] * (number + 1 - len(finished)))
+        elif finished[number] is not None:
+            return False
+        finished[number] = trial
         self._n_finished += 1
         self.forget_live(number)
+        return True
+
+    def _decode(self) -> list[FrozenTrial]:
+        """Decode what has not been; returns all trials, with holes where unfinished ones are."""
+        finished = self._finished
+        if self._undecoded:
+            undecoded, self._undecoded = self._undecoded, []
+            for number in undecoded:
+                if isinstance(finished[number], bytes):
+                    self._decode_one(number)
+        return finished  # type: ignore[return-value]
+
+    def _decode_one(self, number: int) -> FrozenTrial:
+        record = self._finished[number]
+        assert isinstance(record, bytes)  # noqa: S101
+        try:
+            trial = unpack_trial(record, number, trial_id_of(self.study_id, number), self.table)
+        except ValueError as error:
+            self._undecoded.append(number)
+            raise CorruptRecordError(
+                f"trial {number} in {self._finished_key!r} is unreadable: {error}", key=self._finished_key
+            ) from error
+        self._finished[number] = trial
+        self._enter(trial)
+        return trial
+
+    def _enter(self, trial: FrozenTrial) -> None:
+        """Enter a finished trial in the views it belongs to, and compare it with the best one."""
         state = trial.state
         for key, view in self._views.items():
             if state in key:
-                if not view or view[-1]._number < number:
+                if not view or view[-1]._number < trial._number:
                     view.append(trial)
                 else:
                     insort(view, trial, key=_by_number)
@@ -121,22 +139,36 @@ class StudyCache:
             return
         better = new > old if self._directions[0] is StudyDirection.MAXIMIZE else new < old
         # Of equal trials the first one is the best, in whatever order they finished.
-        if better or (new == old and trial.number < best.number):
+        if better or (new == old and trial._number < best._number):
             self._best = trial
 
     def add_live(self, trial: LiveTrial) -> None:
         """Take in an unfinished trial, or a newer state of it."""
-        if self.finished(trial.number) is not None:
+        number = trial.number
+        if self.is_finished(number):
             return
-        known = self.live.get(trial.number)
-        if known is not None:
-            trial.owned = known.owned
+        known = self.live.get(number)
+        if known is not None and known is not trial:
+            trial.owned = known.owned and trial.state is TrialState.RUNNING
             trial.refusal = known.refusal
-        self.live[trial.number] = trial
-        if trial.state is TrialState.WAITING:
-            self._waiting.add(trial.number)
-        else:
-            self._waiting.discard(trial.number)
+        self.live[number] = trial
+        self._note_waiting(number, trial.state is TrialState.WAITING)
+
+    def forget_live(self, number: int) -> None:
+        """Forget an unfinished trial: it is none any more."""
+        if self.live.pop(number, None) is not None:
+            self._note_waiting(number, False)
+
+    def _note_waiting(self, number: int, waits: bool) -> None:
+        waiting = self._waiting
+        if not waits and not waiting:
+            return
+        at = bisect_left(waiting, number)
+        known = at < len(waiting) and waiting[at] == number
+        if waits and not known:
+            waiting.insert(at, number)
+        elif known and not waits:
+            del waiting[at]
 
     def apply_log(self, entries: Iterable[bytes]) -> set[int]:
         """Take in entries of the log; returns the numbers of trials that have to be fetched instead."""
@@ -144,7 +176,7 @@ class StudyCache:
         for entry in entries:
             number_text, version_text, rest = entry.split(b":", 2)
             number, version = int(number_text), int(version_text)
-            if number in missed or self.finished(number) is not None:
+            if number in missed or self.is_finished(number):
                 continue
             trial = self.live.get(number)
             if trial is not None and version <= trial.version:
@@ -156,22 +188,14 @@ class StudyCache:
             field = data[: int(length)].decode("utf-8", "surrogatepass")
             value = data[int(length) :]
             if field == BASE:
-                self.add_live(
-                    LiveTrial.from_record(
-                        value, number, trial_id_of(self.study_id, number), version, self.table
-                    )
-                )
+                trial_id = trial_id_of(self.study_id, number)
+                self.add_live(LiveTrial.from_record(value, number, trial_id, version, self.table))
             elif trial is None or version != trial.version + 1:
                 missed.add(number)
             else:
                 trial.apply(field, value, self.table)
                 trial.version = version
         return missed
-
-    def forget_live(self, number: int) -> None:
-        """Forget an unfinished trial: it is none any more."""
-        self.live.pop(number, None)
-        self._waiting.discard(number)
 
     def drop_live_except(self, numbers: set[int]) -> None:
         """Forget unfinished trials that the server does not count among them any more."""
@@ -180,17 +204,24 @@ class StudyCache:
 
     # -- giving out --------------------------------------------------------------------------------
 
+    def is_finished(self, number: int) -> bool:
+        """Whether the trial of this number is known to be finished."""
+        return number < len(self._finished) and self._finished[number] is not None
+
     def finished(self, number: int) -> FrozenTrial | None:
         """The finished trial of this number, None if it is not known to be finished."""
-        return self._trials[number] if number < len(self._trials) else None
+        if not self.is_finished(number):
+            return None
+        trial = self._finished[number]
+        return self._decode_one(number) if isinstance(trial, bytes) else trial
 
     def trials(self, states: Container[TrialState] | None) -> list[FrozenTrial]:
         """A new list of all trials in these states, by number."""
         if states is None:
             return self._all()
         wanted = tuple(state for state in TrialState if state in states)
-        finished = [state for state in wanted if state.is_finished()]
-        result = self._view(tuple(finished)).copy() if finished else []
+        finished = tuple(state for state in wanted if state.is_finished())
+        result = self._view(finished).copy() if finished else []
         if len(finished) < len(wanted):
             result += [t.freeze() for t in self.live.values() if t.state in wanted]
             result.sort(key=_by_number)
@@ -198,18 +229,19 @@ class StudyCache:
 
     def waiting(self, head: Sequence[int]) -> list[FrozenTrial]:
         """The WAITING trials by number, but first the one that the server wants us to try first."""
-        numbers = sorted(self._waiting)
-        if head and head[0] in self._waiting and numbers[0] != head[0]:
-            del numbers[bisect_left(numbers, head[0])]
-            numbers.insert(0, head[0])
-        return [self.live[number].freeze() for number in numbers]
+        live = self.live
+        result = [live[number].freeze() for number in self._waiting]
+        if head and head[0] in live and live[head[0]].state is TrialState.WAITING:
+            result.insert(0, result.pop(bisect_left(self._waiting, head[0])))
+        return result
 
     def best(self) -> FrozenTrial | None:
         """The best COMPLETE trial of a study with one objective."""
+        self._decode()
         return self._best
 
     def _all(self) -> list[FrozenTrial]:
-        result = self._trials.copy()
+        result: list[FrozenTrial | None] = list(self._decode())
         for number in sorted(self.live):
             if number >= len(result):
                 result.extend([None] * (number + 1 - len(result)))
@@ -219,13 +251,8 @@ class StudyCache:
         return [t for t in result if t is not None]
 
     def _view(self, states: StateKey) -> list[FrozenTrial]:
+        trials = self._decode()
         view = self._views.get(states)
         if view is None:
-            view = self._views[states] = [t for t in self._trials if t is not None and t.state in states]
+            view = self._views[states] = [t for t in trials if t is not None and t.state in states]
         return view
-
-    def is_all_finished_states(self, states: Container[TrialState] | None) -> bool:
-        """Whether a question about these states concerns finished trials only."""
-        if states is None:
-            return False
-        return TrialState.RUNNING not in states and TrialState.WAITING not in states

@@ -100,6 +100,17 @@ def pack_running(datetime_start: datetime) -> bytes:
     )
 
 
+def state_of(record: bytes) -> TrialState:
+    """The state in a record.
+
+    Raises:
+        ValueError: If the record is of another format or damaged.
+    """
+    if len(record) < _HEAD.size or record[0] != RECORD_FORMAT or record[1] not in _STATES:
+        raise ValueError("damaged record, or one of another format")
+    return _STATES[record[1]]
+
+
 class RawTrial:
     """A record taken apart, parameters still in their internal representation."""
 

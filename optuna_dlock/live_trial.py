@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_dlock.codec import RawTrial, make_frozen, pack_trial, unpack_param, unpack_value
+from optuna_dlock.codec import RawTrial, make_frozen, pack_trial, state_of, unpack_param, unpack_value
 from optuna_dlock.codec import load_json as load_json_of
 from optuna_dlock.distributions import DistributionTable
+from optuna_dlock.errors import CorruptRecordError
 
 # Fields of a trial's hash: a kind, then the name or step. Those with a dot are the server's own.
 BASE = ".b"
@@ -33,7 +35,7 @@ class LiveTrial:
     __slots__ = (
         *("datetime_start", "distributions", "fresh", "internal", "intermediate_values", "number"),
         *("owned", "params", "refusal", "stale", "state", "system_attrs", "trial_id", "user_attrs"),
-        *("_frozen", "head", "values", "version"),
+        *("_frozen", "_undecoded", "head", "values", "version"),
     )
 
     def __init__(
@@ -57,22 +59,49 @@ class LiveTrial:
         self.stale = False
         self.refusal: Exception | None = None
         self._frozen: FrozenTrial | None = None
+        self._undecoded: tuple[bytes, DistributionTable] | None = None
 
     @classmethod
     def from_record(
         cls, record: bytes, number: int, trial_id: int, version: int, table: DistributionTable
     ) -> LiveTrial:
-        """The trial that a record of an unfinished trial describes."""
-        raw = RawTrial(record)
-        trial = cls(number, trial_id, raw.state, raw.start)
-        trial.values = raw.values
-        for identity, x in zip(raw.ids, raw.numbers, strict=True):
-            trial._set_param(identity, x, table)
-        trial.intermediate_values = raw.steps
-        trial.user_attrs = raw.rest.get("u", {})
-        trial.system_attrs = raw.rest.get("s", {})
+        """The trial that a record of an unfinished trial describes; decoded when somebody asks for more
+        than its state."""
+        try:
+            state = state_of(record)
+        except ValueError as error:
+            raise _unreadable(number, error) from error
+        trial = cls(number, trial_id, state, None)
+        trial._undecoded = record, table
         trial.version = version
         return trial
+
+    def load(self) -> None:
+        """Decode the record, if that was not done yet."""
+        if self._undecoded is None:
+            return
+        (record, table), self._undecoded = self._undecoded, None
+        try:
+            raw = RawTrial(record)
+        except (ValueError, struct.error) as error:
+            raise _unreadable(self.number, error) from error
+        self.datetime_start = raw.start
+        self.values = raw.values
+        self.intermediate_values = raw.steps
+        self.user_attrs = raw.rest.get("u", {})
+        self.system_attrs = raw.rest.get("s", {})
+        for identity, x in zip(raw.ids, raw.numbers, strict=True):
+            self._set_param(identity, x, table)
+
+    def move(
+        self, state: TrialState, values: list[float] | None, start: datetime | None, version: int
+    ) -> None:
+        """Note that the trial was claimed or put back in the queue."""
+        self.state = state
+        self.values = values
+        self.datetime_start = start
+        self.version = version
+        self._frozen = None
 
     def set_param(self, name: str, identity: int, value: float, distribution: BaseDistribution) -> None:
         """Note a parameter, in its internal representation."""
@@ -102,6 +131,7 @@ class LiveTrial:
 
     def apply(self, field: str, data: bytes, table: DistributionTable) -> None:
         """Note a field as it stands in the log or in the trial's hash; others than ours are passed over."""
+        self.load()
         kind, rest = field[0], field[1:]
         if kind == PARAM:
             self._set_param(*unpack_param(data), table)
@@ -123,6 +153,7 @@ class LiveTrial:
     def freeze(self) -> FrozenTrial:
         """The trial as it is now; later writes do not change what is returned."""
         if self._frozen is None:
+            self.load()
             self._frozen = make_frozen(
                 self.number,
                 self.trial_id,
@@ -146,7 +177,7 @@ class LiveTrial:
             self.number,
             self.trial_id,
             state,
-            self._new_values(values),
+            self.new_values(values),
             self.datetime_start,
             end,
             self.params,
@@ -167,7 +198,7 @@ class LiveTrial:
         """The record of the trial in another state."""
         return pack_trial(
             state,
-            self._new_values(values),
+            self.new_values(values),
             self.internal.values(),
             self.intermediate_values,
             self.user_attrs,
@@ -177,5 +208,10 @@ class LiveTrial:
             token,
         )
 
-    def _new_values(self, values: Sequence[float] | None) -> list[float] | None:
+    def new_values(self, values: Sequence[float] | None) -> list[float] | None:
+        """The objective values once these were set; None leaves them."""
         return self.values if values is None else [float(value) for value in values]
+
+
+def _unreadable(number: int, error: Exception) -> CorruptRecordError:
+    return CorruptRecordError(f"unfinished trial {number} is unreadable: {error}", key=f"live[{number}]")

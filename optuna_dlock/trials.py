@@ -14,7 +14,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_dlock.cache import StudyCache, trial_id_of
+from optuna_dlock.cache import StudyCache, concerns_unfinished, trial_id_of
 from optuna_dlock.codec import dump_json, pack_param, pack_running, pack_trial, pack_value
 from optuna_dlock.distributions import kind_of, to_text
 from optuna_dlock.errors import (
@@ -92,7 +92,7 @@ class StudyTrials:
         _, number, length, numbers, records = reply
         self._saw(number + 1, length)
         if numbers:
-            cache.defer_records([int(n) for n in numbers], records)
+            cache.add_records([int(n) for n in numbers], records)
             cache.order_read = length
         if not state.is_finished():
             trial = (
@@ -191,7 +191,10 @@ class StudyTrials:
             return self._refetch(number)
         if trial.refusal is not None:
             self._raise_refusal(trial)
-        return self._refetch(number) if trial.stale else trial
+        if trial.stale:
+            return self._refetch(number)
+        trial.load()
+        return trial
 
     def _identify(self, name: str, distribution: BaseDistribution, claim: bool) -> int:
         """Id of a distribution; the first time, one round trip.
@@ -330,12 +333,12 @@ class StudyTrials:
             [number, trial.version, record],
         )
         if reply[0] == OK:
-            moved = LiveTrial.from_record(record, number, trial.trial_id, int(reply[1]), self._cache.table)
-            self._cache.add_live(moved)
-            moved.owned = claim
             # A retry finds what others wrote after the first try: the record lacks it (G2).
-            moved.stale = moved.version != trial.version + 1
-            moved.fresh = self._freshness(moved, waits)
+            trial.stale = reply[1] != trial.version + 1
+            trial.move(state, trial.new_values(values), start, int(reply[1]))
+            trial.owned = claim
+            trial.fresh = self._freshness(trial, waits)
+            self._cache.add_live(trial)
         return reply
 
     # -- reads -------------------------------------------------------------------------------------
@@ -372,6 +375,7 @@ class StudyTrials:
         if trial is None:
             raise self._finished_error(number)
         self._raise_refusal(trial)
+        trial.load()
         return trial
 
     def _fetch(self, numbers: Sequence[int]) -> None:
@@ -388,7 +392,7 @@ class StudyTrials:
         if trial is not None:
             version = "" if trial.stale else str(trial.version)
         else:
-            version = "" if cache.finished(number) is None else "F"
+            version = "F" if cache.is_finished(number) else ""
         return (
             (keys.meta, keys.live, keys.trial(number), keys.finished, keys.dists),
             (number, version, known),
@@ -423,7 +427,7 @@ class StudyTrials:
         """A new list of the trials in these states, by number."""
         if states == (TrialState.WAITING,):
             return self._get_waiting()
-        self.sync(live=not self._cache.is_all_finished_states(states))
+        self.sync(live=concerns_unfinished(states))
         return self._cache.trials(states)
 
     def best(self) -> FrozenTrial | None:
@@ -467,7 +471,6 @@ class StudyTrials:
         cache.table.extend(texts[len(cache.table) - known :])
         if most == 0:
             return None
-        cache.settle_records()
         if live:
             if entries is None:
                 listed = {int(number) for number in unfinished}
@@ -481,7 +484,7 @@ class StudyTrials:
             self._read_rest(length)
         if live:
             missed.update(n for n, trial in cache.live.items() if trial.stale)
-            self._fetch_many(sorted(n for n in missed if cache.finished(n) is None))
+            self._fetch_many(sorted(n for n in missed if not cache.is_finished(n)))
             cache.revision = revision
         return list(head)
 

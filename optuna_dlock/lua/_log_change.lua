@@ -1,7 +1,7 @@
 -- log_change: append one change of an unfinished trial to the capped log, trimming it now and then.
 -- A reader keeps a revision: that of the log's first entry (meta 'base') plus the entries it has read.
 -- Values above 1 KiB stay out of the log ('!'): the reader fetches that trial.
-local LOG_CAP = 4096
+local LOG_CAP = 2048
 local function log_change(log, meta, number, version, field, value)
   local entry
   if #value > 1024 then
