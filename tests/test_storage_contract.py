@@ -147,3 +147,7 @@ class TestBehindGrpcProxy(StorageTestCase):
             finally:
                 proxy.close()
                 server.stop(None).wait()
+
+    @pytest.mark.skip(reason="a protobuf map has no order: the same behind this proxy with InMemoryStorage")
+    def test_get_all_trials_params_order(self, storage: BaseStorage, param_names: list[str]) -> None:
+        """Not kept by Optuna's proxy."""
