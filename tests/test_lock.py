@@ -391,17 +391,6 @@ def test_acquire_and_release_take_a_round_trip_each(
         assert proxy.requests == before + 2
 
 
-def test_nothing_but_the_fence_stays_for_ever(make: Callable[..., LockManager], valkey_url: str) -> None:
-    """Whatever else a lock leaves on the server expires."""
-    manager = make(valkey_url)
-    with manager.lock("a"), pytest.raises(LockNotAcquiredError):
-        make(valkey_url).lock("a").acquire(0.05)
-    keys = lock_keys(manager.prefix, "a")
-    with client(valkey_url) as server:
-        kept = [key.decode() for key in server.scan_iter(f"{manager.prefix}:*") if server.pttl(key) == -1]
-    assert kept == [keys.fence]
-
-
 def test_a_foreign_value_under_the_key_is_not_overwritten(
     make: Callable[..., LockManager], valkey_url: str
 ) -> None:
@@ -558,6 +547,25 @@ def test_a_release_wakes_the_first_waiter_only(steps: Steps) -> None:
     assert steps.woken("t2") == b"2"
 
 
+def test_nothing_but_the_fence_stays_for_ever(steps: Steps, url: str) -> None:
+    """Whatever else holders, waiters and the dead leave on the server expires."""
+    for ticket in ("t1", "t2", "t3"):
+        steps.acquire(ticket)
+    steps.release("t1")
+    pattern = f"{parse_url(url).prefix}:*"
+    with client(url) as server:
+        left = {key.decode().rpartition(":lock")[2]: server.pttl(key) for key in server.scan_iter(pattern)}
+    assert left.pop(":fence") == -1
+    assert set(left) == {"", ":queue", ":wake:t2", ":wake:t3:waits", ":wake:line"}
+    assert min(left.values()) > 0
+
+
+def test_who_listens_at_once_is_woken_at_once(steps: Steps) -> None:
+    """Mode 2 asks and listens in one go: a free lock must not make it listen in vain."""
+    assert steps.acquire("t1", mode=2) == [0, 1]
+    assert steps.woken("t1") == b"1"
+
+
 def test_a_waiter_that_does_not_poll_is_passed_over(steps: Steps) -> None:
     steps.acquire("t1")
     for ticket in ("dead1", "dead2", "t2"):
@@ -695,6 +703,27 @@ def test_a_paused_holder_learns_that_it_lost_the_lock(
     assert (error.name, error.token) == ("a", token)  # type: ignore[attr-defined]
     lock.check()
     lock.release()
+
+
+def test_a_waiter_that_was_paused_while_it_got_the_lock_does_not_believe_it(
+    agent: Callable[..., Agent], make: Callable[..., LockManager], valkey_url: str
+) -> None:
+    """Its wake-up is as old as the pause: meanwhile the lease ended, and somebody else has the lock."""
+    lock = make(valkey_url).lock("a")
+    lock.acquire()
+    paused = agent(valkey_url, ttl=0.5)
+    paused.tell("acquire")
+    until(lambda: waiters(valkey_url, "a") == 1)
+    paused.signal(signal.SIGSTOP)
+    lock.release()
+    try:
+        assert lock.acquire(PATIENCE) == 3  # 2 was that of the paused one
+    finally:
+        paused.signal(signal.SIGCONT)
+    with pytest.raises(AssertionError):
+        paused.answer(0.5)
+    lock.release()
+    assert paused.answer() == 4
 
 
 def test_the_lock_of_a_killed_holder_is_free_when_its_ttl_ends(

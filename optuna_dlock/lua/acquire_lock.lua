@@ -24,9 +24,7 @@ local FETCH_LIMIT = 1000 -- ms; who was given the lock and has not fetched its w
 
 local function enqueue()
   if redis.call('SET', KEYS[5], ttl .. ' ' .. owner, 'PX', POLL_LIMIT, 'NX') then
-    if not redis.call('LPOS', KEYS[3], ticket) then
-      redis.call('RPUSH', KEYS[3], ticket)
-    end
+    redis.call('RPUSH', KEYS[3], ticket) -- a second entry does no harm: the first one takes the mark
   else
     redis.call('PEXPIRE', KEYS[5], POLL_LIMIT)
   end
