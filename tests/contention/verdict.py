@@ -91,13 +91,13 @@ class _Verdict:
         self.problems.append(Problem(kind, text))
 
     def check_workers(self, killed: Collection[str]) -> None:
-        """Nobody crashed, was told off, or read something stale; whoever was not killed has left."""
+        """Nobody met an error or read something stale; whoever was not killed has left."""
         for name, record in self._records.items():
-            for fact in record.of("crashed"):
-                self._problem("trouble", f"{name} crashed: {fact['traceback']}")
+            for fact in record.of("error"):
+                self._problem("trouble", f"{name}: {fact['traceback']}")
             for fact in record.of("stale"):
                 self._problem("stale", f"{name}: {fact['text']}")
-            if name not in killed and not record.of("left") and not record.of("crashed"):
+            if name not in killed and not record.of("left"):
                 self._problem("trouble", f"{name} has not left")
 
     def check_numbers(self) -> None:

@@ -107,22 +107,20 @@ class Worker:
         while not board.going and time.monotonic() < deadline:
             time.sleep(0.002)
         names, weights = list(self._job.mix), list(self._job.mix.values())
-        try:
-            while not board.stopped and time.monotonic() < deadline:
-                self._do(getattr(self, self._random.choices(names, weights)[0]))
-                board.put(slot, entries.DONE, self._ledger.acknowledged)
-                time.sleep(self._random.uniform(0, self._job.pause))
-            self._ledger.waited()
-            self._ledger.remark("left")
-        except BaseException:
-            self._ledger.remark("crashed", traceback=traceback.format_exc())
-            raise
+        while not board.stopped and time.monotonic() < deadline:
+            self._do(getattr(self, self._random.choices(names, weights)[0]))
+            board.put(slot, entries.DONE, self._ledger.acknowledged)
+            time.sleep(self._random.uniform(0, self._job.pause))
+        self._storage.remove_session()
+        self._ledger.note("left")
 
     def _do(self, operation: Callable[[], None]) -> None:
         try:
             operation()
         except StorageUnavailableError as error:
             self._ledger.remark("unavailable", text=str(error))
+        except Exception:
+            self._ledger.remark("error", traceback=traceback.format_exc())
         if self._duel >= 0:
             self._duel = -1
             self._board.put(self._job.slot, entries.DUEL, 0)
