@@ -609,22 +609,34 @@ def test_a_forked_child_has_its_own_connection_and_leaves_the_parents_posts_alon
     node = open_node(valkey, on_fork=lambda: forked.append(True), backoff=no_retry)
     own = node.command("CLIENT", "ID")
     append(node, key, "parent's")
-    with node.lock:  # as if another thread of the parent were in a call
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                assert forked == [True]
-                assert node.outstanding == 0
-                assert node.command("CLIENT", "ID") != own
-                append(node, key, "child's")
-                node.collect()
-                node.close()
-                status = 0
-            except BaseException:
-                traceback.print_exc(file=sys.__stderr__)
-            finally:
-                os._exit(status)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with node.lock:
+            held.set()
+            done.wait(30)
+
+    holder = threading.Thread(target=hold)  # a thread that is in a call, and that the child does not have
+    holder.start()
+    held.wait(30)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(20)  # ends a child that waits for that thread
+            assert forked == [True]
+            assert node.outstanding == 0
+            assert node.command("CLIENT", "ID") != own
+            append(node, key, "child's")
+            node.collect()
+            node.close()
+            status = 0
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(status)
+    done.set()
+    holder.join()
     assert os.waitpid(child, 0)[1] == 0
     assert node.outstanding == 1
     assert node.command("CLIENT", "ID") == own, "the child's end did not close our connection"
