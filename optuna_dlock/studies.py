@@ -21,7 +21,7 @@ from optuna_dlock.errors import (
     StudyExistsError,
     StudyNotFoundError,
 )
-from optuna_dlock.keys import FORMAT_VERSION, RegistryKeys, StudyKeys
+from optuna_dlock.keys import FORMAT_VERSION, LockKeys, RegistryKeys, StudyKeys
 from optuna_dlock.node import Argument, Node
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import BUSY, EXISTS, FOREIGN, NO_STUDY, Script, script
@@ -179,7 +179,8 @@ class Registry:
         numbers = node.command("HKEYS", keys.live)
         for start in range(0, len(numbers), _SWEEP):
             node.command("UNLINK", *(keys.trial(int(n)) for n in numbers[start : start + _SWEEP]))
-        node.command("UNLINK", *keys.everything_but_trials())
+        fence = LockKeys(keys.lock).fence  # nothing is left for it to fence
+        node.command("UNLINK", *keys.everything_but_trials(), fence)
         node.command("SREM", self._keys.trash, str(study_id))
 
     def id_of(self, node: Node, name: str) -> int:
