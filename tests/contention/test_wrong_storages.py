@@ -63,7 +63,7 @@ def test_the_audit_sees_ghosts_of_a_storage_that_retries_a_creation_as_another_o
         crew = make_crew(url, 8, storage_class=storage_class)
         with crew:
             proxy.cut_randomly(0.02, seed=3)
-            crew.wait_for_more(crew.jobs, 50)
+            crew.wait_for_more(crew.jobs, 150)
             crew.finish()
         proxy.cut_randomly(0)
         problems = crew.problems()

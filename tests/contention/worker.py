@@ -44,7 +44,7 @@ class Job:
     """What a worker is to do; goes through pickle.
 
     Attributes:
-        storage_class: "module:name" of the class of its storage.
+        storage_class, worker_class: "module:name" of the class of its storage, and of the worker itself.
         mix: Operations and how often each is chosen, relatively.
         pause: Longest random pause between two operations, in seconds.
         patience: Seconds after which it leaves by itself, should nobody tell it to.
@@ -57,6 +57,7 @@ class Job:
     timeout: float = 5.0
     lock: Literal["redlock", "pottery"] = "redlock"
     storage_class: str = "optuna_dlock:RedisLockedStorage"
+    worker_class: str = "tests.contention.worker:Worker"
     mix: Mapping[str, int] = field(default_factory=lambda: MIX)
     pause: float = 0.004
     patience: float = 120.0
@@ -68,17 +69,21 @@ class Job:
 
     def open_storage(self) -> RedisLockedStorage:
         """A storage of its own."""
-        module, _, name = self.storage_class.partition(":")
-        storage: RedisLockedStorage = getattr(importlib.import_module(module), name)(
+        storage: RedisLockedStorage = _find(self.storage_class)(
             self.url, timeout=self.timeout, lock=self.lock
         )
         return storage
 
 
+def _find(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def work(job: Job) -> None:
     """Body of a worker process."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    Worker(job, job.open_storage()).run()
+    _find(job.worker_class)(job, job.open_storage()).run()
 
 
 class Worker:
