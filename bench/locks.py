@@ -49,6 +49,13 @@ def _ours(url: str, name: str) -> Lock:
     return LockManager(connection_factory(url, 60.0), url, 60.0, "bench").lock(name, ttl=_TTL)
 
 
+def _ours_pottery(url: str, name: str) -> Lock:
+    from optuna_dlock.node import connection_factory
+    from optuna_dlock.pottery_lock import PotteryLockManager
+
+    return PotteryLockManager(connection_factory(url, 60.0), url, 60.0, "bench").lock(name, ttl=_TTL)
+
+
 def _redis_py(url: str, name: str) -> Lock:
     from redis.lock import Lock as RedisPyLock
 
@@ -75,6 +82,7 @@ LOCKS: dict[str, Callable[[str, str], Lock]] = {
     REDIS_PY: _redis_py,
     REDIS_LOCK: _redis_lock,
     POTTERY: _pottery,
+    OURS_POTTERY: _ours_pottery,
 }
 # figure, of ours, compared with, what it has to be: "at least" or "at most" so many times the other's.
 TARGETS: tuple[tuple[str, str, str, float], ...] = (
@@ -211,7 +219,7 @@ class _Park:
 
 
 def _work(pipe: Any, barriers: dict[int, Any]) -> None:
-    import optuna_dlock.lock  # noqa: F401, importing it takes a second, which no measurement may contain
+    import optuna_dlock.pottery_lock  # noqa: F401, importing it takes a second, which no measurement may contain
 
     pipe.send(None)
     while (message := pipe.recv()) is not None:
