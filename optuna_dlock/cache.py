@@ -208,6 +208,10 @@ class StudyCache:
         """Whether the trial of this number is known to be finished."""
         return number < len(self._finished) and self._finished[number] is not None
 
+    def is_decoded(self, number: int) -> bool:
+        """Whether that finished trial was decoded: a record may name distributions not heard of yet."""
+        return self.is_finished(number) and not isinstance(self._finished[number], bytes)
+
     def finished(self, number: int) -> FrozenTrial | None:
         """The finished trial of this number, None if it is not known to be finished."""
         if not self.is_finished(number):

@@ -392,7 +392,7 @@ class StudyTrials:
         if trial is not None:
             version = "" if trial.stale else str(trial.version)
         else:
-            version = "F" if cache.is_finished(number) else ""
+            version = "F" if cache.is_decoded(number) else ""
         return (
             (keys.meta, keys.live, keys.trial(number), keys.finished, keys.dists),
             (number, version, known),

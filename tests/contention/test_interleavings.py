@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from optuna_dlock import RedisLockedStorage
@@ -98,3 +99,15 @@ def test_an_attribute_written_between_a_claim_and_its_retry_is_kept(
     assert far.get_trial(trial_id).user_attrs == {"by": "another"}
     far.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
     assert near.get_trial(trial_id).user_attrs == {"by": "another"}
+
+
+def test_a_trial_that_came_along_with_a_creation_is_read_with_distributions_never_heard_of(
+    near: RedisLockedStorage, far: RedisLockedStorage, study_id: int
+) -> None:
+    """A creation brings records of finished trials, and not the distributions they name."""
+    far.create_new_trial(study_id)
+    trial_id = near.create_new_trial(study_id)
+    near.set_trial_param(trial_id, "x", 0.5, FloatDistribution(0, 1))
+    near.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+    far.create_new_trial(study_id)
+    assert far.get_trial(trial_id).params == {"x": 0.5}
