@@ -9,7 +9,7 @@ from operator import attrgetter
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_dlock.codec import unpack_trial
+from optuna_dlock.codec import is_whole, unpack_trial
 from optuna_dlock.distributions import DistributionTable
 from optuna_dlock.errors import CorruptRecordError
 from optuna_dlock.live_trial import BASE, LiveTrial
@@ -62,6 +62,7 @@ class StudyCache:
         self._undecoded: list[int] = []
         self._views: dict[StateKey, list[FrozenTrial]] = {}
         self._waiting: list[int] = []  # numbers, ascending
+        self._waiting_frozen: list[FrozenTrial | None] = []  # the trials of these numbers, once asked for
         self._best: FrozenTrial | None = None
 
     # -- taking in ---------------------------------------------------------------------------------
@@ -159,16 +160,24 @@ class StudyCache:
         if self.live.pop(number, None) is not None:
             self._note_waiting(number, False)
 
+    def note_change(self, trial: LiveTrial) -> None:
+        """An unfinished trial was written to."""
+        if trial.state is TrialState.WAITING:
+            self._note_waiting(trial.number, True)
+
     def _note_waiting(self, number: int, waits: bool) -> None:
         waiting = self._waiting
         if not waits and not waiting:
             return
         at = bisect_left(waiting, number)
         known = at < len(waiting) and waiting[at] == number
-        if waits and not known:
+        if waits and known:
+            self._waiting_frozen[at] = None  # it may have changed
+        elif waits:
             waiting.insert(at, number)
-        elif known and not waits:
-            del waiting[at]
+            self._waiting_frozen.insert(at, None)
+        elif known:
+            del waiting[at], self._waiting_frozen[at]
 
     def apply_log(self, entries: Iterable[bytes]) -> set[int]:
         """Take in entries of the log; returns the numbers of trials that have to be fetched instead."""
@@ -195,12 +204,31 @@ class StudyCache:
             else:
                 trial.apply(field, value, self.table)
                 trial.version = version
+                self.note_change(trial)
         return missed
 
-    def drop_live_except(self, numbers: set[int]) -> None:
-        """Forget unfinished trials that the server does not count among them any more."""
-        for number in [n for n in self.live if n not in numbers]:
+    def replace_live(self, numbers: Sequence[int], records: Sequence[bytes]) -> set[int]:
+        """Take in the records of all unfinished trials; returns the numbers of those to be fetched."""
+        listed = set(numbers)
+        for number in [n for n in self.live if n not in listed]:
             self.forget_live(number)
+        missed: set[int] = set()
+        for number, record in zip(numbers, records, strict=True):
+            if number in self.live or not self._is_whole(number, record):
+                missed.add(number)
+            else:
+                # Of which version it is does not matter: the log has what comes after it.
+                trial_id = trial_id_of(self.study_id, number)
+                self.add_live(LiveTrial.from_record(record, number, trial_id, 0, self.table))
+        return missed
+
+    def _is_whole(self, number: int, record: bytes) -> bool:
+        try:
+            return is_whole(record)
+        except ValueError as error:
+            raise CorruptRecordError(
+                f"unfinished trial {number} is unreadable: {error}", key=f"live[{number}]"
+            ) from error
 
     # -- giving out --------------------------------------------------------------------------------
 
@@ -232,12 +260,13 @@ class StudyCache:
         return result
 
     def waiting(self, head: Sequence[int]) -> list[FrozenTrial]:
-        """The WAITING trials by number, but first the one that the server wants us to try first."""
-        live = self.live
-        result = [live[number].freeze() for number in self._waiting]
-        if head and head[0] in live and live[head[0]].state is TrialState.WAITING:
-            result.insert(0, result.pop(bisect_left(self._waiting, head[0])))
-        return result
+        """The WAITING trials by number, beginning with the one that the server wants us to try first."""
+        frozen = self._waiting_frozen
+        for at, trial in enumerate(frozen):
+            if trial is None:
+                frozen[at] = self.live[self._waiting[at]].freeze()
+        at = bisect_left(self._waiting, head[0]) if head else 0
+        return frozen[at:] + frozen[:at]  # type: ignore[return-value]  # all are filled in
 
     def best(self) -> FrozenTrial | None:
         """The best COMPLETE trial of a study with one objective."""

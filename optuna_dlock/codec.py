@@ -28,6 +28,7 @@ from optuna_dlock.distributions import DistributionTable
 from optuna_dlock.errors import CorruptRecordError, NotSerializableError
 
 RECORD_FORMAT = 1
+HAS_MORE = 0x80  # in the first byte of a WAITING trial's record: the trial's hash has more
 NO_TIME = -(2**63)
 NO_VALUES = 0xFFFF
 
@@ -106,9 +107,14 @@ def state_of(record: bytes) -> TrialState:
     Raises:
         ValueError: If the record is of another format or damaged.
     """
-    if len(record) < _HEAD.size or record[0] != RECORD_FORMAT or record[1] not in _STATES:
+    if len(record) < _HEAD.size or record[0] & ~HAS_MORE != RECORD_FORMAT or record[1] not in _STATES:
         raise ValueError("damaged record, or one of another format")
     return _STATES[record[1]]
+
+
+def is_whole(record: bytes) -> bool:
+    """Whether the record of an unfinished trial tells all: nothing was written to the trial since."""
+    return state_of(record) is TrialState.WAITING and not record[0] & HAS_MORE
 
 
 class RawTrial:
@@ -118,7 +124,7 @@ class RawTrial:
 
     def __init__(self, record: bytes) -> None:
         form, state, n_values, n_params, n_steps, start, end, _ = _HEAD.unpack_from(record)
-        if form != RECORD_FORMAT:
+        if form & ~HAS_MORE != RECORD_FORMAT:
             raise ValueError(f"record format {form}; this version of optuna_dlock reads {RECORD_FORMAT}")
         self.state = _STATES[state]
         layout = _layout(n_params, 0 if n_values == NO_VALUES else n_values, n_steps)
@@ -177,8 +183,8 @@ def unpack_trial(record: bytes, number: int, trial_id: int, table: DistributionT
             trial_id,
             _STATES[state],
             list(numbers[n_params:]),
-            None if start == NO_TIME else datetime.fromtimestamp(start / 1e6),
-            None if end == NO_TIME else datetime.fromtimestamp(end / 1e6),
+            _to_datetime(start),
+            _to_datetime(end),
             params,
             schema.distributions.copy(),
             user_attrs,
@@ -350,4 +356,6 @@ def _to_microseconds(moment: datetime | None) -> int:
 def _to_datetime(microseconds: int) -> datetime | None:
     if microseconds == NO_TIME:
         return None
-    return datetime.fromtimestamp(microseconds / 1e6)
+    # Not fromtimestamp(microseconds / 1e6): a float has no microseconds left in the far future.
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return datetime.fromtimestamp(seconds).replace(microsecond=rest)

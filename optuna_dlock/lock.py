@@ -18,11 +18,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from optuna_dlock.channel import Connection
 from optuna_dlock.distributed_lock import DistributedLock, HolderInfo, not_acquired
 from optuna_dlock.errors import CorruptRecordError, DLockError
 from optuna_dlock.keys import LockKeys, lock_keys
 from optuna_dlock.lease import Lease, Renewal
-from optuna_dlock.node import Argument, Connection, Node
+from optuna_dlock.node import Argument, Node
 from optuna_dlock.scripts import FOREIGN, OK, script
 
 __all__ = ["DistributedLock", "HolderInfo", "LockManager"]

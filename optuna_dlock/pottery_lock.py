@@ -11,12 +11,12 @@ from typing import Any
 import redis
 import redis.exceptions as redis_errors
 
+from optuna_dlock.channel import Connection
 from optuna_dlock.distributed_lock import DistributedLock, HolderInfo, not_acquired
 from optuna_dlock.errors import DLockError, ServerConfigurationError, StorageUnavailableError
 from optuna_dlock.keys import LockKeys, lock_keys
 from optuna_dlock.lease import Lease
 from optuna_dlock.lock import LockManager, parse_holder
-from optuna_dlock.node import Connection
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import OK, script
 

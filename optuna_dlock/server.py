@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import redis
 
@@ -53,7 +54,7 @@ class Server:
 
         def connect() -> Connection:
             socket = embedded.acquire(path)
-            return connection_factory(f"unix://{socket}", timeout)()
+            return connection_factory("unix://" + quote(socket), timeout)()
 
         return connect
 

@@ -63,6 +63,7 @@ class StudyTrials:
         self._gone = gone
         self._deferred = deferred
         self._just_finished = -1
+        self._stale: set[int] = set()
         self._set_field = script("set_trial_field")
         self._get_trial = script("get_trial")
 
@@ -158,6 +159,7 @@ class StudyTrials:
         expected = trial.version = trial.version + 1
         name = field.encode("utf-8", "surrogatepass")
         node.post(Post(head, name, value, node.next_sequence(), expected, trial, self._settle))
+        self._cache.note_change(trial)
         if not (trial.owned and self._deferred):
             node.collect()
             self._raise_refusal(trial)
@@ -176,9 +178,13 @@ class StudyTrials:
 
     def _settle(self, trial: LiveTrial, reply: Any) -> None:
         """What the server said to a write, other than what was expected."""
-        trial.stale = True  # somebody else wrote too, or the trial is not unfinished any more
+        self._mark_stale(trial)  # somebody else wrote too, or the trial is not unfinished any more
         if isinstance(reply, Exception):
             trial.refusal = reply
+
+    def _mark_stale(self, trial: LiveTrial) -> None:
+        trial.stale = True
+        self._stale.add(trial.number)
 
     def _raise_refusal(self, trial: LiveTrial) -> None:
         refusal, trial.refusal = trial.refusal, None
@@ -188,6 +194,8 @@ class StudyTrials:
     def _writable(self, number: int) -> LiveTrial:
         trial = self._cache.live.get(number)
         if trial is None:
+            if self._cache.is_finished(number):
+                raise self._finished_error(number)
             return self._refetch(number)
         if trial.refusal is not None:
             self._raise_refusal(trial)
@@ -258,7 +266,8 @@ class StudyTrials:
         """
         trial = self._writable(number)
         if state is TrialState.RUNNING and trial.state is not TrialState.WAITING:
-            if trial.owned:
+            # A loser of the race for the head of the queue knows by now what else was taken.
+            if trial.owned or self._cache.revision is not None:
                 return False
             trial = self._refetch(number)
             if trial.state is not TrialState.WAITING:
@@ -273,10 +282,13 @@ class StudyTrials:
             if reply[0] == OK:
                 return True
             if reply[0] == NOT_WAITING:
-                trial.stale = True
+                self._mark_stale(trial)
+                self.sync(live=True)
                 return False
             if reply[0] == FINISHED:
                 self._cache.forget_live(number)
+                if state is TrialState.RUNNING:
+                    self.sync(live=True)
                 raise self._finished_error(number)
             if reply[0] == NO_TRIAL:
                 self._cache.forget_live(number)
@@ -334,7 +346,8 @@ class StudyTrials:
         )
         if reply[0] == OK:
             # A retry finds what others wrote after the first try: the record lacks it (G2).
-            trial.stale = reply[1] != trial.version + 1
+            if reply[1] != trial.version + 1:
+                self._mark_stale(trial)
             trial.move(state, trial.new_values(values), start, int(reply[1]))
             trial.owned = claim
             trial.fresh = self._freshness(trial, waits)
@@ -473,9 +486,7 @@ class StudyTrials:
             return None
         if live:
             if entries is None:
-                listed = {int(number) for number in unfinished}
-                cache.drop_live_except(listed)
-                missed = listed
+                missed = cache.replace_live([int(n) for n in unfinished[::2]], unfinished[1::2])
             else:
                 missed = cache.apply_log(entries)
         cache.add_records([int(number) for number in numbers], records)
@@ -483,7 +494,8 @@ class StudyTrials:
         if length > cache.order_read:
             self._read_rest(length)
         if live:
-            missed.update(n for n, trial in cache.live.items() if trial.stale)
+            missed |= {n for n in self._stale if n in cache.live}
+            self._stale.clear()
             self._fetch_many(sorted(n for n in missed if not cache.is_finished(n)))
             cache.revision = revision
         return list(head)

@@ -4,9 +4,10 @@
 -- ARGV[1] entries of order the caller has read  ARGV[2] finished trials to return at most
 -- ARGV[3] revision of the log: -1 to leave it, -2 if none is known  ARGV[4] distributions known
 -- ARGV[5] client that wants the head of the queue, or ''
--- Returns {0, n, length of order, {number, ...}, {record, ...}, revision, {entry, ...} | nil, {number, ...} | nil,
---   {JSON, ...}, {head} | {}} | {-1} NO_STUDY. Entries of the log if it still has all since the caller's
---   revision, else the numbers of all unfinished trials. If the queue was asked for and is empty: {0, n}.
+-- Returns {0, n, length of order, {number, ...}, {record, ...}, revision, {entry, ...} | nil,
+--   {number, record, ...} | nil, {JSON, ...}, {head} | {}} | {-1} NO_STUDY. Entries of the log if it still has
+--   all since the caller's revision, else the records of all unfinished trials. If the queue was asked for
+--   and is empty: {0, n}.
 -- Retry-safe: only a hint is written, namely whom the head of the queue was shown to.
 local OFFER_MS = 500
 local meta = redis.call('HMGET', KEYS[1], 'n', 'base')
@@ -53,7 +54,7 @@ if cursor ~= -1 then
       entries = redis.call('LRANGE', KEYS[4], cursor - base, -1)
     end
   else
-    unfinished = redis.call('HKEYS', KEYS[5])
+    unfinished = redis.call('HGETALL', KEYS[5])
   end
 end
 local dists = redis.call('LRANGE', KEYS[6], ARGV[4], -1)

@@ -10,8 +10,13 @@ local version = tonumber(head[1])
 if not version then
   -- The first write; later ones find the hash, which goes when the trial finishes. A study that is being
   -- swept away has no meta any more, and must not get new keys.
-  if redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 or redis.call('EXISTS', KEYS[3]) == 0 then
+  local record = redis.call('HGET', KEYS[4], ARGV[1])
+  if not record or redis.call('EXISTS', KEYS[3]) == 0 then
     return -2
+  end
+  if string.byte(record, 2) == 4 then
+    -- A WAITING trial is read from its record alone, unless the record says that there is more.
+    redis.call('HSET', KEYS[4], ARGV[1], string.char(string.byte(record, 1) + 128) .. string.sub(record, 2))
   end
   version = 0
 elseif head[2] and tonumber(head[2]) >= tonumber(ARGV[5]) then
