@@ -112,6 +112,10 @@ class LockManager:
         """The key that exists exactly while somebody holds this lock."""
         return lock_keys(self.prefix, name).holder
 
+    def holds(self, name: str) -> bool:
+        """Whether this process holds this lock, as far as is known here."""
+        return self._renewal.holds(name)
+
     def holder(self, name: str) -> HolderInfo | None:
         """Who holds this lock now; None if nobody does."""
         key = lock_keys(self.prefix, name).holder
