@@ -87,6 +87,10 @@ class Renewal:
         with self._guard:  # if it is being declared lost just now, let that come first
             return False
 
+    def holds(self, name: str) -> bool:
+        """Whether a lease of this lock is being renewed here."""
+        return bool(self._held) and any(lease.name == name for lease in self._held.copy().values())
+
     def stop(self) -> None:
         """End the thread; the next lease starts another."""
         with self._guard:

@@ -24,6 +24,7 @@ from optuna_dlock.distributed_lock import DistributedLock
 from optuna_dlock.errors import DLockError, TrialNotFoundError
 from optuna_dlock.lock import LockManager
 from optuna_dlock.node import Node
+from optuna_dlock.section import Section
 from optuna_dlock.server import server_of_client, server_of_url
 from optuna_dlock.studies import Registry
 from optuna_dlock.trials import StudyTrials
@@ -127,7 +128,11 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
 
     def _connect(self) -> None:
         """Everything that belongs to this process: connections, caches, the name it goes by."""
-        self._registry = Registry(self._server.prefix, lambda: self._client)
+        self._registry = Registry(
+            self._server.prefix,
+            client=lambda: self._client,
+            section=lambda study_id: Section(self._node, self._locks, study_id),
+        )
         make_connection = self._server.connection_factory(self._timeout)
         self._node = Node(
             make_connection,
@@ -176,7 +181,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
     def lock(self, name: str, ttl: float = 30.0) -> DistributedLock:
         """A lock for a critical section of your own, held by one process of the whole cluster.
 
-        `study:<id>` is the lock of that study: while it is held, others can neither create nor finish trials.
+        `study:<id>` is the lock of that study: while it is held, no other process creates or finishes trials.
 
         Args:
             name: Any text.
@@ -201,7 +206,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
     @_locked
     def delete_study(self, study_id: int) -> None:
         """See `BaseStorage`."""
-        self._registry.delete(self._node, study_id, self.lock(f"study:{study_id}"))
+        self._registry.delete(self._node, study_id)
         self._studies.pop(study_id, None)
 
     @_locked
@@ -266,7 +271,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
                 keys,
                 StudyCache(study_id, info.directions, keys.finished),
                 self._client,
-                functools.partial(self._locks.holder_key, f"study:{study_id}"),
+                Section(self._node, self._locks, study_id),
                 functools.partial(self._gone, study_id),
                 self._deferred_writes,
             )

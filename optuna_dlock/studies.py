@@ -6,7 +6,6 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from optuna.study import StudyDirection
@@ -16,15 +15,14 @@ from optuna_dlock.errors import (
     CorruptRecordError,
     DataLostError,
     DLockError,
-    LockNotAcquiredError,
     ServerConfigurationError,
     StudyExistsError,
     StudyNotFoundError,
 )
 from optuna_dlock.keys import FORMAT_VERSION, LockKeys, RegistryKeys, StudyKeys
-from optuna_dlock.node import Argument, Node
-from optuna_dlock.retry import Backoff
-from optuna_dlock.scripts import BUSY, EXISTS, FOREIGN, NO_STUDY, Script, script
+from optuna_dlock.node import Node
+from optuna_dlock.scripts import EXISTS, FOREIGN, NO_STUDY, script
+from optuna_dlock.section import Section
 
 _logger = logging.getLogger(__name__)
 _SWEEP = 1000  # keys deleted in one go
@@ -40,35 +38,18 @@ class StudyInfo:
         self.directions = directions
 
 
-def run_section(node: Node, section: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-    """Run the script of a critical section, waiting while somebody else holds the section lock.
-
-    Raises:
-        LockNotAcquiredError: If it is held for longer than the node's timeout.
-    """
-    reply = node.run(section, keys, args)
-    waiting: Backoff | None = None
-    while reply[0] == BUSY:
-        waiting = waiting or Backoff(node.timeout, first=0.005, longest=0.1)
-        if not waiting.wait():
-            raise LockNotAcquiredError(
-                f"{section.name}: the lock of this study was held by somebody else for {node.timeout:g} s "
-                "(a deletion, an import or storage.lock('study:<id>'))",
-                name=section.name,
-                timeout=node.timeout,
-                holder=None,
-                held_for=None,
-            )
-        reply = node.run(section, keys, args)
-    return reply
-
-
 class Registry:
-    """All studies under one prefix."""
+    """All studies under one prefix.
 
-    def __init__(self, prefix: str, client: Callable[[], str]) -> None:
+    Args:
+        client: Gives the name by which the server knows this process.
+        section: Gives the critical sections of a study.
+    """
+
+    def __init__(self, prefix: str, client: Callable[[], str], section: Callable[[int], Section]) -> None:
         self._prefix = prefix
         self._client = client
+        self._section = section
         self._keys = RegistryKeys(prefix)
         self._uid: bytes | None = None
         self._infos: dict[int, StudyInfo] = {}
@@ -152,17 +133,14 @@ class Registry:
         self._infos[study_id] = StudyInfo(name, list(directions))
         return study_id
 
-    def delete(self, node: Node, study_id: int, section: AbstractContextManager[Any]) -> None:
+    def delete(self, node: Node, study_id: int) -> None:
         """Delete a study, and sweep away what earlier deletions left behind.
-
-        Args:
-            section: The section lock of the study, held meanwhile.
 
         Raises:
             StudyNotFoundError: If it does not exist.
         """
         info = self._fetch(node, study_id)
-        with section:
+        with self._section(study_id).hold():
             reply = node.run(
                 script("delete_study"),
                 [self._keys.names, self._keys.studies, self._keys.trash, self.study_keys(study_id).meta],
@@ -261,10 +239,10 @@ class Registry:
     def set_attr(self, node: Node, study_id: int, system: bool, key: str, value: Any) -> None:
         """Set one attribute of a study."""
         keys = self.study_keys(study_id)
-        reply = run_section(
-            node,
+        section = self._section(study_id)
+        reply = section.run(
             script("set_study_attr"),
-            [keys.meta, keys.lock, keys.ops, keys.system_attrs if system else keys.user_attrs],
+            [keys.meta, section.key(), keys.ops, keys.system_attrs if system else keys.user_attrs],
             [_text(key), dump_json(value, key), self._client(), node.next_sequence()],
         )
         if reply[0] == NO_STUDY:

@@ -28,7 +28,7 @@ from optuna_dlock.keys import StudyKeys
 from optuna_dlock.live_trial import PARAM, STEP, SYSTEM_ATTR, USER_ATTR, LiveTrial
 from optuna_dlock.node import Argument, Node, Post, pack_head
 from optuna_dlock.scripts import BEHIND, FINISHED, INCOMPATIBLE, NO_STUDY, NO_TRIAL, NOT_WAITING, OK, script
-from optuna_dlock.studies import run_section
+from optuna_dlock.section import Section
 
 CHUNK = 1000  # finished trials read by one script call
 _WINDOW = 8  # such calls under way at once
@@ -40,7 +40,7 @@ class StudyTrials:
 
     Args:
         client: Names this process to the server, which remembers its last operation (G6).
-        section_lock: Gives the key of the section lock that others may hold.
+        section: The critical sections of the study.
         gone: Makes the error for a study that is not there any more.
         deferred: Whether writes to a trial that this process runs return before the server answered.
     """
@@ -51,7 +51,7 @@ class StudyTrials:
         keys: StudyKeys,
         cache: StudyCache,
         client: str,
-        section_lock: Callable[[], str],
+        section: Section,
         gone: Callable[[], DLockError],
         deferred: bool,
     ) -> None:
@@ -59,7 +59,7 @@ class StudyTrials:
         self._keys = keys
         self._cache = cache
         self._client = client
-        self._section_lock = section_lock
+        self._section = section
         self._gone = gone
         self._deferred = deferred
         self._just_finished = -1
@@ -79,11 +79,10 @@ class StudyTrials:
             state = template.state
             record = self._pack_template(template)
         keys, cache, waits = self._keys, self._cache, self._node.waits
-        reply = run_section(
-            self._node,
+        reply = self._section.run(
             script("create_trial"),
             [
-                *(keys.meta, self._section_lock(), keys.ops, keys.live, keys.log),
+                *(keys.meta, self._section.key(), keys.ops, keys.live, keys.log),
                 *(keys.waiting, keys.finished, keys.order),
             ],
             [record, self._client, self._node.next_sequence(), cache.order_read, _WITH_CREATION],
@@ -307,11 +306,10 @@ class StudyTrials:
     ) -> Any:
         keys, number = self._keys, trial.number
         record = trial.pack(state, values, trial.datetime_start, now, token)
-        reply = run_section(
-            self._node,
+        reply = self._section.run(
             script("finish_trial"),
             [
-                *(keys.live, self._section_lock(), keys.trial(number), keys.finished, keys.order),
+                *(keys.live, self._section.key(), keys.trial(number), keys.finished, keys.order),
                 *(keys.waiting, keys.heartbeats),
             ],
             [number, trial.version, record],
@@ -335,11 +333,10 @@ class StudyTrials:
         claim = state is TrialState.RUNNING
         start = now if claim else trial.datetime_start
         record = trial.pack(state, values, start, None, token)
-        reply = run_section(
-            self._node,
+        reply = self._section.run(
             script("move_trial"),
             [
-                *(keys.live, self._section_lock(), keys.trial(number), keys.log, keys.meta),
+                *(keys.live, self._section.key(), keys.trial(number), keys.log, keys.meta),
                 *(keys.waiting, keys.offers, keys.heartbeats, keys.finished),
             ],
             [number, trial.version, record],
