@@ -310,7 +310,7 @@ class StudyTrials:
             script("finish_trial"),
             [
                 *(keys.live, self._section.key(), keys.trial(number), keys.finished, keys.order),
-                *(keys.waiting, keys.heartbeats),
+                *(keys.waiting, keys.heartbeats, keys.log, keys.meta),
             ],
             [number, trial.version, record],
         )
