@@ -52,7 +52,7 @@ class LockKeys:
     """Keys of one lock; `holder` exists exactly while somebody holds it."""
 
     def __init__(self, holder: str) -> None:
-        self.holder = holder  # hash: token, owner, since
+        self.holder = holder  # string: ticket, fencing token, since when, owner
         self.fence = holder + ":fence"  # counter: the last fencing token given
         self.queue = holder + ":queue"  # list: tickets of waiters, in order
         self._wake = holder + ":wake:"

@@ -402,6 +402,7 @@ _TYPES = {
     "waiting": "zset",
     "heartbeats": "zset",
     "trash": "set",
+    "lock": "string",
     "fence": "string",
     "queue": "list",
 }
@@ -424,7 +425,8 @@ def connection_factory(redis_url: str, timeout: float) -> Callable[[], Connectio
         retry_on_error=[],
         **_default_timeouts(redis_url, timeout),
     )
-    return pool.make_connection
+    # Not pool.make_connection: it counts all connections ever made against a limit.
+    return lambda: cast("Connection", pool.connection_class(**pool.connection_kwargs))
 
 
 def _default_timeouts(redis_url: str, timeout: float) -> dict[str, float]:
