@@ -227,6 +227,9 @@ class Node:
                     raise self._final(refusal(error), []) from None
                 except DLockError:  # some are OSErrors; no other try mends them, and all replies were read
                     raise
+                except (hiredis.ProtocolError, redis_errors.InvalidResponse) as error:
+                    self.close()
+                    raise DLockError(f"{self.address} is no Redis, Valkey or KeyDB server: {error}") from None
                 except _LOST as error:
                     self._drop_channel(error)
                     problem = error
@@ -308,6 +311,10 @@ class Node:
             return ServerConfigurationError(
                 f"{self.address} has no memory left: {reply}; raise its maxmemory or delete old studies",
                 address=self.address,
+            )
+        if reply.code == "MISCONF":
+            return ServerConfigurationError(
+                f"{self.address} refuses writes as it cannot save its data: {reply}", address=self.address
             )
         if "WRONGTYPE" in str(reply):  # in a script it is not the first word everywhere
             key = self._foreign_key(keys)
