@@ -21,6 +21,7 @@ from bench.rdb_fill import fill_database
 
 STUDY = "bench"
 FLOATS = 10
+WARM_UP_PART = "w"  # the second name space of a measurement, see Context.open_warm_up
 
 
 @dataclass
@@ -46,13 +47,13 @@ class Context:
     params: dict[str, Any]
 
     def open(self, part: str = "") -> BaseStorage:
-        """A new storage object; `part` names a second name space beside the main one."""
+        """A new storage object; `part` names the second name space beside the main one."""
         return open_storage(self.peer, self.access, self.namespace + part)
 
-    def new_part(self, part: str) -> BaseStorage:
-        """A storage on a second, empty name space."""
-        create_namespace(self.peer, self.access, self.namespace + part)
-        return self.open(part)
+    def open_warm_up(self) -> BaseStorage:
+        """A storage on the second, still empty name space."""
+        create_namespace(self.peer, self.access, self.namespace + WARM_UP_PART)
+        return self.open(WARM_UP_PART)
 
     def number(self, name: str) -> int:
         """An integer parameter of the workload."""

@@ -55,6 +55,8 @@ class Case:
         key: Its name in the table and in the JSON.
         group: What `--only` selects it by.
         slow: Numbers that replace `params` for the SQL databases.
+        prepare: Fills the name space before, in a process of its own.
+        reads_only: All repeats may read what was prepared once.
         repeats: Fewer repeats than asked for, where one takes very long.
     """
 
@@ -68,6 +70,7 @@ class Case:
     cpu: str = ANY
     slow: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Context], Figure] | None = None
+    reads_only: bool = False
     targets: Sequence[Target] = ()
     repeats: int = 99
 
@@ -164,7 +167,7 @@ def _refresh(quick: bool) -> list[Case]:
                     "ms",
                     workloads.warm_refresh,
                     peers if cpu == SAME else (OURS,),
-                    {"trials": trials, "samples": 100 if quick else 300},
+                    {"trials": trials, "samples": 100 if trials == 1_000 else 300},
                     cpu,
                     {"samples": 50},
                     prepare=workloads.prepare_finished,
@@ -201,6 +204,7 @@ def _cold(quick: bool) -> list[Case]:
                 SAME,
                 {"rounds": 1},
                 prepare=workloads.prepare_finished,
+                reads_only=True,
                 targets=(floor, *others),
             )
         )
@@ -246,7 +250,7 @@ def _queue(quick: bool) -> list[Case]:
 
 
 def _fill(quick: bool) -> list[Case]:
-    numbers = {"trials": 1_000 if quick else 10_000, "seconds": 5 if quick else 15}
+    numbers = {"trials": 1_000 if quick else 10_000, "seconds": 4 if quick else 8}
     at_least = Target(">= 3000 trials/s", 3_000, True)
     title = f"of {numbers['trials']:,} finished templates"
     return [

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.context import Context, Figure
+from bench.context import WARM_UP_PART, Context, Figure
 from bench.environment import cpus
 from bench.peers import Access, remove_namespace
 from bench.plan import ANY, SPLIT, Case
@@ -75,26 +75,23 @@ class Runner:
         self._name = f"bench_{time.time_ns():x}"  # the server may be somebody else's
 
     def measure(self, case: Case, peers: Sequence[str], repeat: int) -> Outcomes:
-        """Run one case with these peers, each `repeat` times, in turns.
-
-        Each measurement has an empty name space, unless the case prepares one: then all repeats of
-        a peer read the same.
-        """
+        """Run one case with these peers, each `repeat` times, in turns, each time on an empty name space."""
         cpu = self._place(case.cpu)
         outcomes = {peer: Outcome() for peer in peers}
         prepared: dict[str, str] = {}
-        if case.prepare is not None:
-            for peer in peers:
-                prepared[peer] = self._namespace()
-                self._run(case, peer, case.prepare, prepared[peer], cpu, Outcome(), outcomes[peer])
         for turn in range(min(repeat, case.repeats)):
             for peer in _rotated(peers, turn):
                 outcome = outcomes[peer]
                 if outcome.failures:
                     continue  # it would fail again, and a time-out is long
                 namespace = prepared.get(peer) or self._namespace()
-                self._run(case, peer, case.function, namespace, cpu, outcome, outcome)
-                self._clean(peer, namespace if peer not in prepared else None)
+                if case.prepare is not None and peer not in prepared:
+                    self._run(case, peer, case.prepare, namespace, cpu, Outcome(), outcome)
+                    if case.reads_only:
+                        prepared[peer] = namespace
+                if not outcome.failures:
+                    self._run(case, peer, case.function, namespace, cpu, outcome, outcome)
+                self._clean(peer, namespace, keep=peer in prepared)
         for peer, namespace in prepared.items():
             self._clean(peer, namespace)
         return outcomes
@@ -129,10 +126,10 @@ class Runner:
         self._count += 1
         return f"{self._name}_{self._count}"
 
-    def _clean(self, peer: str, namespace: str | None) -> None:
-        for part in ("", "w"):
-            if namespace is not None:
-                remove_namespace(peer, self._access, namespace + part)
+    def _clean(self, peer: str, namespace: str, *, keep: bool = False) -> None:
+        """Remove what a measurement left, or only what stands beside it."""
+        for part in (WARM_UP_PART,) if keep else ("", WARM_UP_PART):
+            remove_namespace(peer, self._access, namespace + part)
 
     def _place(self, wanted: str) -> int | None:
         """Pin the servers and return the CPU for the client; None where both may run anywhere."""

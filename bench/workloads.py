@@ -15,7 +15,18 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from bench import context as common
-from bench.context import STUDY, Context, Figure, Ping, filled, median_ms, new_study, templates, timed
+from bench.context import (
+    STUDY,
+    WARM_UP_PART,
+    Context,
+    Figure,
+    Ping,
+    filled,
+    median_ms,
+    new_study,
+    templates,
+    timed,
+)
 from bench.peers import INMEMORY, ON_REDIS, UNPICKLING, open_storage
 from bench.proxy import delaying_proxy
 
@@ -88,10 +99,10 @@ def cold_load(context: Context) -> Figure:
     if context.peer == UNPICKLING:
         return _unpickle(context)
     count = context.number("trials")
-    warm = context.new_part("w")
+    warm = context.open_warm_up()
     warm_id = warm.create_new_study([optuna.study.StudyDirection.MINIMIZE], STUDY)
     common.fill(warm, warm_id, templates(50))
-    _load(lambda: context.open("w"))
+    _load(lambda: context.open(WARM_UP_PART))
     del warm
     seconds, trials = _cold(lambda: _load(context.open), context.number("rounds"))
     for wanted, found in zip(templates(count), trials, strict=True):
