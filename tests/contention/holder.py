@@ -19,7 +19,7 @@ TTL = 0.5
 
 
 class Holder(Worker):
-    """Operations `tick` and `fenced_tick`; see the tests of locks."""
+    """Operations `tick`, `fenced_tick` and `freeze_study`; see the tests of locks."""
 
     def __init__(self, job: Job, storage: RedisLockedStorage) -> None:
         super().__init__(job, storage)
@@ -59,6 +59,24 @@ class Holder(Worker):
                     self._ledger.note("ticked", value=value + 1)
         except LockLostError:
             self._ledger.note("lock lost")
+
+    def freeze_study(self) -> None:
+        """Hold the lock of the study itself: meanwhile nobody creates or finishes a trial."""
+        try:
+            with self._storage.lock(f"study:{self._study_id}", ttl=TTL):
+                before = self._finished_or_not()
+                time.sleep(0.01)
+                after = self._finished_or_not()
+        except LockLostError:
+            self._ledger.note("lock lost")
+            return
+        self._ledger.note("froze")
+        if before != after:
+            self._ledger.remark("stale", text="the study changed while its lock was held")
+
+    def _finished_or_not(self) -> list[bool]:
+        trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        return [trial.state.is_finished() for trial in trials]
 
     def _fenced(self, token: int, new: int | None) -> int | None:
         """Read, or write `new`; None if a higher token was here."""

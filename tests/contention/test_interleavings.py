@@ -111,3 +111,35 @@ def test_a_trial_that_came_along_with_a_creation_is_read_with_distributions_neve
     near.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
     far.create_new_trial(study_id)
     assert far.get_trial(trial_id).params == {"x": 0.5}
+
+
+def test_every_kind_of_call_survives_that_the_server_forgets_its_scripts(
+    near: RedisLockedStorage, study_id: int, valkey: Server
+) -> None:
+    """A call, a deferred write, and what waits after it; nobody else is there to load the scripts again."""
+    valkey.command("SCRIPT", "FLUSH")
+    trial_id = near.create_new_trial(study_id)
+    valkey.command("SCRIPT", "FLUSH")
+    near.set_trial_user_attr(trial_id, "a", 1)
+    near.set_trial_user_attr(trial_id, "b", 2)
+    assert near.get_trial(trial_id).user_attrs == {"a": 1, "b": 2}
+    valkey.command("SCRIPT", "FLUSH")
+    near.set_trial_user_attr(trial_id, "a", 3)
+    near.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+    valkey.command("SCRIPT", "FLUSH")
+    assert near.get_best_trial(study_id).user_attrs == {"a": 3, "b": 2}
+
+
+def test_an_attribute_that_is_sent_again_does_not_undo_what_another_wrote_meanwhile(
+    near: RedisLockedStorage, far: RedisLockedStorage, study_id: int, proxy: CuttingProxy
+) -> None:
+    """G6: the server has executed it once already, of a trial and of a study."""
+    trial_id = far.create_new_trial(study_id)
+    _before_reconnecting(far, lambda: near.set_trial_user_attr(trial_id, "a", 2))
+    proxy.cut_next_reply()
+    far.set_trial_user_attr(trial_id, "a", 1)
+    assert far.get_trial(trial_id).user_attrs == {"a": 2}
+    _before_reconnecting(far, lambda: near.set_study_user_attr(study_id, "a", 2))
+    proxy.cut_next_reply()
+    far.set_study_user_attr(study_id, "a", 1)
+    assert far.get_study_user_attrs(study_id) == {"a": 2}

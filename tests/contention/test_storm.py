@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
+from optuna_dlock.scripts import script
 from tests.contention.conftest import CrewMaker
+from tests.contention.crew import wait_until
 from tests.contention.facts import Record
+from tests.contention.worker import MIX
 from tests.proxy import CuttingProxy
 from tests.servers import FLAVOURS, Server
 
+SECTIONS = ("create_trial", "move_trial", "finish_trial", "set_trial_field", "set_study_attr")
+HOLDER = "tests.contention.holder:Holder"
+STORM = {**MIX, "fenced_tick": 3}
 TIMEOUT = 5.0  # seconds for which a worker's call goes on trying
 
 
@@ -22,7 +28,8 @@ def test_forty_workers_lose_nothing_while_workers_die_pause_are_cut_off_and_the_
 ) -> None:
     """G1-G6 on Valkey."""
     with Server("valkey", appendonly=True) as server, CuttingProxy(server.port) as proxy:
-        crew = make_crew(server.url, 40, timeout=TIMEOUT, lock=lock)
+        crew = make_crew(server.url, 40, timeout=TIMEOUT, lock=lock, worker_class=HOLDER, mix=STORM)
+        crew.jobs[36:] = [replace(job, mix={**STORM, "freeze_study": 3}) for job in crew.jobs[36:]]
         crew.jobs[24:32] = [replace(job, url=proxy.url) for job in crew.jobs[24:32]]
         mortal, sleepy, cut = crew.jobs[:8], crew.jobs[8:16], crew.jobs[24:32]
         with crew:
@@ -33,7 +40,7 @@ def test_forty_workers_lose_nothing_while_workers_die_pause_are_cut_off_and_the_
             crew.kill(mortal[:4])
             crew.wait_for_more(crew.jobs[16:])
             server.command("SCRIPT", "FLUSH")
-            crew.wait_for_more(crew.jobs[16:], 20)
+            _cut_replies_to(proxy, *SECTIONS, times=5)
             crew.kill(mortal[4:6])
             server.kill()
             server.start()
@@ -41,14 +48,17 @@ def test_forty_workers_lose_nothing_while_workers_die_pause_are_cut_off_and_the_
             crew.kill(mortal[6:])
             time.sleep(max(0.0, paused_at + TIMEOUT + 1.0 - time.monotonic()))
             crew.resume(sleepy)
-            crew.wait_for_more([*sleepy, *crew.jobs[16:]], 20)
-            assert proxy.cuts > 10
+            crew.wait_for_more([*sleepy, *crew.jobs[16:]], 60)
+            _cut_replies_to(proxy, *SECTIONS, times=5)
             crew.finish()
         assert crew.problems() == []
         records = crew.records()
         _assert_that_much_happened(records)
         for job in [*crew.jobs[16:24], *crew.jobs[32:]]:
             assert not records[job.name].of("unavailable"), "a server that restarts is waited for"
+        assert sum(len(records[job.name].of("froze")) for job in crew.jobs[36:]) > 0
+        ticks = [fact["value"] for record in records.values() for fact in record.of("ticked")]
+        assert len(ticks) == len(set(ticks)) > 10, "an update under a lock was lost"
         for job in cut:
             assert not records[job.name].open, "a cut between request and reply leaves no doubt"
 
@@ -65,11 +75,11 @@ def test_twelve_workers_lose_nothing_on_any_server(flavour: str, make_crew: Crew
             crew.kill(crew.jobs[:2])
             crew.pause(crew.jobs[2:4])
             server.command("SCRIPT", "FLUSH")
-            crew.wait_for_more(crew.jobs[4:], 20)
+            _cut_replies_to(proxy, *SECTIONS, times=8)
             server.kill()
             server.start()
             crew.resume(crew.jobs[2:4])
-            crew.wait_for_more(crew.jobs[2:], 20)
+            crew.wait_for_more(crew.jobs[2:], 100)
             crew.finish()
         assert crew.problems() == []
         _assert_that_much_happened(crew.records(), least=10)
@@ -77,22 +87,34 @@ def test_twelve_workers_lose_nothing_on_any_server(flavour: str, make_crew: Crew
 
 @pytest.mark.parametrize("lock", ["redlock", "pottery"])
 def test_sixteen_workers_drain_a_queue_and_each_trial_is_claimed_once(
-    lock: Literal["redlock", "pottery"], make_crew: CrewMaker, valkey_url: str
+    lock: Literal["redlock", "pottery"], make_crew: CrewMaker, valkey: Server, valkey_url: str
 ) -> None:
-    """G4, with four that fill the queue and one that dies now and then."""
-    crew = make_crew(valkey_url, 20, lock=lock, mix={"drain": 1}, pause=0.0)
-    crew.jobs[16:] = [
-        replace(job, mix={"enqueue": 2, "add_waiting": 1}, pause=0.01) for job in crew.jobs[16:]
-    ]
-    with crew:
-        for victim in crew.jobs[:4]:
-            crew.wait_for_more(crew.jobs[16:], 30)
-            crew.kill([victim])
-        crew.finish()
+    """G4, with four that fill the queue, some that die, and cuts between request and reply."""
+    with CuttingProxy(valkey.port) as proxy:
+        crew = make_crew(valkey_url, 20, lock=lock, mix={"drain": 1}, pause=0.0)
+        far = valkey_url.replace(f":{valkey.port}", f":{proxy.port}")
+        crew.jobs[8:16] = [replace(job, url=far) for job in crew.jobs[8:16]]
+        fill: dict[str, Any] = {"mix": {"enqueue": 2, "add_waiting": 1}, "pause": 0.01}
+        crew.jobs[16:] = [replace(job, **fill) for job in crew.jobs[16:]]
+        with crew:
+            proxy.cut_randomly(0.02, seed=4)
+            for victim in crew.jobs[:4]:
+                crew.wait_for_more(crew.jobs[16:], 30)
+                crew.kill([victim])
+            _cut_replies_to(proxy, "move_trial", "finish_trial", times=15)
+            crew.finish()
     assert crew.problems() == []
     popped = [record.of("popped") for record in crew.records().values()]
     assert sum(map(len, popped)) > 100
     assert sum(map(bool, popped)) > 12, "the queue is shared"
+
+
+def _cut_replies_to(proxy: CuttingProxy, *scripts: str, times: int) -> None:
+    """Drop the connection of whoever runs one of these scripts next, after the server has executed it."""
+    for name in scripts * times:
+        before = proxy.cuts
+        proxy.cut_next_reply(script(name).sha.encode())
+        wait_until(lambda before=before: proxy.cuts > before, f"somebody runs {name} through the proxy")  # type: ignore[misc]
 
 
 def _assert_that_much_happened(records: dict[str, Record], least: int = 30) -> None:

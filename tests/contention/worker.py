@@ -176,7 +176,8 @@ class Worker:
     def _write_to(self, trial: optuna.Trial) -> None:
         ledger, number = self._ledger, trial.number
         ledger.sent(number, "p", "x", trial.suggest_float("x", 0.0, 1.0))
-        ledger.waited()  # the first definition of a parameter's range waits; later ones do not, but see below
+        for _ in range(self._random.randrange(3)):
+            ledger.sent(number, "p", *self._suggest(trial, self._random.randrange(60)))
         for step in range(self._random.randrange(3)):
             value = self._random.random()
             trial.report(value, step)
@@ -184,8 +185,11 @@ class Worker:
         seen = self._next()
         trial.set_user_attr("seen", seen)
         ledger.sent(number, "u", "seen", seen)
-        self._storage.set_trial_system_attr(trial._trial_id, "worker", self._job.name)
-        ledger.sent(number, "s", "worker", self._job.name)
+        name = self._job.name * self._random.choice(
+            [1, 1, 1, 300]
+        )  # the log keeps no more than 1 KiB of a value
+        self._storage.set_trial_system_attr(trial._trial_id, "worker", name)
+        ledger.sent(number, "s", "worker", name)
         if self._random.random() < 0.3:
             mine = self._storage.get_trial(trial._trial_id)
             ledger.waited()
@@ -193,6 +197,16 @@ class Worker:
                 self._stale(f"trial {number}: my attribute is {mine.user_attrs.get('seen')}, not {seen}")
             if not mine.state.is_finished():
                 self._board.put_seen(self._job.slot, number, seen)
+
+    @staticmethod
+    def _suggest(trial: optuna.Trial, which: int) -> tuple[str, Any]:
+        """One of many parameters, of several kinds."""
+        name = f"p{which}"
+        if which % 3 == 0:
+            return name, trial.suggest_int(name, 0, which)
+        if which % 3 == 1:
+            return name, trial.suggest_float(name, 0.1, which + 1, log=True)
+        return name, trial.suggest_categorical(name, ["a", "b", which])
 
     def _tell(self, number: int, state: TrialState, values: Sequence[float] | None) -> None:
         self._ledger.trying("tell", number=number, state=state.name, values=values)
