@@ -135,6 +135,7 @@ def test_an_attribute_that_is_sent_again_does_not_undo_what_another_wrote_meanwh
 ) -> None:
     """G6: the server has executed it once already, of a trial and of a study."""
     trial_id = far.create_new_trial(study_id)
+    far.get_n_trials(study_id)  # right after the creation, the trial would be read without asking
     _before_reconnecting(far, lambda: near.set_trial_user_attr(trial_id, "a", 2))
     proxy.cut_next_reply()
     far.set_trial_user_attr(trial_id, "a", 1)

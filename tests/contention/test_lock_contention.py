@@ -83,7 +83,8 @@ def test_a_study_that_is_deleted_while_many_work_on_it_leaves_nothing_behind(
         assert again != study_id
         crew.finish()
         errors = [fact["traceback"] for r in crew.records().values() for fact in r.of("error")]
-        strange = [text for text in errors if "NotFoundError" not in text.splitlines()[-1]]
+        # Optuna's tell makes a ValueError of it.
+        strange = [text for text in errors if "NotFoundError" not in text]
         assert strange == []
         prefix = valkey_url.partition("prefix=")[2]
         left = valkey.command("KEYS", f"{prefix}:{{{study_id}}}:*")

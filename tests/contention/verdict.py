@@ -14,6 +14,7 @@ from optuna_dlock.audit import audit_numbers
 from tests.contention.facts import Fact, Record, read_records
 
 if TYPE_CHECKING:
+    from optuna_dlock import RedisLockedStorage
     from tests.contention.worker import Job
 
 
@@ -21,7 +22,8 @@ class Problem(NamedTuple):
     """Something that breaks a guarantee.
 
     Attributes:
-        kind: "numbers", "lost", "ghost", "finish", "claim", "content", "stale", "trouble" or "reread".
+        kind: "numbers", "lost", "ghost", "finish", "claim", "content", "stale", "trouble", "reread"
+            or "litter".
     """
 
     kind: str
@@ -42,7 +44,31 @@ def judge_server(job: Job, killed: Collection[str], path: Path) -> None:
         problems.append(
             Problem("reread", f"{again.get_n_trials(study_id)} trials counted, {len(trials)} read")
         )
+    problems += _check_keys(again, study_id, trials)
     path.write_text(json.dumps(problems))
+
+
+def _check_keys(storage: RedisLockedStorage, study_id: int, trials: Sequence[FrozenTrial]) -> list[Problem]:
+    """What the server keeps besides the trials agrees with them, and nothing outlives its trial."""
+    node, keys = storage._node, storage._registry.study_keys(study_id)
+    finished = sorted(t.number for t in trials if t.state.is_finished())
+    unfinished = sorted(t.number for t in trials if not t.state.is_finished())
+    waiting = [t.number for t in trials if t.state is TrialState.WAITING]
+    written = [int(key.rpartition(b":")[2]) for key in node.command("KEYS", keys.trial(0)[:-1] + "*")]
+    kept = {
+        "order": (node.command("LRANGE", keys.order, 0, -1), finished),
+        "finished": (node.command("HKEYS", keys.finished), finished),
+        "live": (node.command("HKEYS", keys.live), unfinished),
+        "waiting": (node.command("ZRANGE", keys.waiting, 0, -1), waiting),
+    }
+    problems = [
+        Problem("litter", f"{name}: {sorted(set(map(int, found)) ^ set(right))} differ, or are there twice")
+        for name, (found, right) in kept.items()
+        if sorted(map(int, found)) != right
+    ]
+    if litter := sorted(set(written) - set(unfinished)):
+        problems.append(Problem("litter", f"written fields of {litter} are left"))
+    return problems
 
 
 def judge(

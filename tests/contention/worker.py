@@ -272,6 +272,8 @@ class Worker:
             self._ledger.waited()
             self._board.put(self._job.slot, entries.DUEL, number + 1)
             time.sleep(self._random.uniform(0, 0.02))
+            trial.set_user_attr("late", number)  # it may go to a trial that is finished by now
+            self._ledger.sent(number, "u", "late", number)
             self._finish(trial._trial_id)
         except UpdateFinishedTrialError:
             self._ledger.refused(number)
