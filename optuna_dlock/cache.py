@@ -24,11 +24,6 @@ def trial_id_of(study_id: int, number: int) -> int:
     return study_id << 32 | number
 
 
-def study_and_number(trial_id: int) -> tuple[int, int]:
-    """Study id and number of a trial."""
-    return trial_id >> 32, trial_id & 0xFFFFFFFF
-
-
 def concerns_unfinished(states: Container[TrialState] | None) -> bool:
     """Whether a question about trials in these states is one about unfinished trials too."""
     return states is None or TrialState.RUNNING in states or TrialState.WAITING in states

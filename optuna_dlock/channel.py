@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
+import struct
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -115,6 +117,13 @@ class SocketChannel(Channel):
         super().__init__(connection)
         self._reader = hiredis.Reader(replyError=RefusalError, notEnoughData=_INCOMPLETE)
         self._gets = self._reader.gets
+        timeout = sock.gettimeout()
+        if timeout and not isinstance(sock, ssl.SSLSocket):
+            # The kernel's own timeouts: Python's cost a call of poll() before each send and each receive.
+            limit = struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            sock.settimeout(None)
         self._recv = sock.recv
         self.send = sock.sendall
 
@@ -122,7 +131,10 @@ class SocketChannel(Channel):
         """The next reply; an error reply is returned as a RefusalError."""
         reply = self._gets()
         while reply is _INCOMPLETE:
-            data = self._recv(_RECEIVE)
+            try:
+                data = self._recv(_RECEIVE)
+            except BlockingIOError:  # how the kernel says that its timeout is over
+                raise TimeoutError("no reply in time") from None
             if not data:
                 raise ConnectionResetError("connection closed by the server")
             self._reader.feed(data)

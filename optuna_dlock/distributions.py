@@ -45,7 +45,8 @@ class DistributionTable:
         self._entries: list[tuple[str, BaseDistribution]] = []
         self._ids: dict[Hashable, int] = {}
         self.schemas: dict[bytes, Schema] = {}
-        self.claimed: set[int] = set()  # ids that are known to be of the kind their name must keep
+        # Ids by lookup_key, of distributions that are known to be of the kind their name must keep.
+        self.claimed: dict[Hashable, int] = {}
         self.kinds: dict[str, str] = {}  # parameter name -> kind it must keep, as far as known
 
     def __len__(self) -> int:

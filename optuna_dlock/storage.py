@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_dlock.cache import StudyCache, study_and_number, trial_id_of
+from optuna_dlock.cache import StudyCache, trial_id_of
 from optuna_dlock.distributed_lock import DistributedLock
 from optuna_dlock.errors import DLockError, TrialNotFoundError
 from optuna_dlock.lock import LockManager
@@ -282,7 +282,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         return self._registry.gone(self._node, study_id)
 
     def _of(self, trial_id: int) -> tuple[StudyTrials, int]:
-        study_id, number = study_and_number(trial_id)
+        study_id, number = trial_id >> 32, trial_id & 0xFFFFFFFF  # see trial_id_of
         trials = self._studies.get(study_id)
         if trials is not None:
             return trials, number

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, concerns_unfinished, trial_id_of
 from optuna_dlock.codec import dump_json, pack_param, pack_running, pack_trial, pack_value
-from optuna_dlock.distributions import kind_of, to_text
+from optuna_dlock.distributions import kind_of, lookup_key, to_text
 from optuna_dlock.errors import (
     DataLostError,
     DLockError,
@@ -129,7 +129,9 @@ class StudyTrials:
     def set_param(self, number: int, name: str, value: float, distribution: BaseDistribution) -> None:
         """Set a parameter, in its internal representation."""
         trial = self._writable(number)
-        identity = self._identify(name, distribution, claim=True)
+        identity = self._cache.table.claimed.get(lookup_key(name, distribution))
+        if identity is None:
+            identity = self._identify(name, distribution, claim=True)
         trial = self._write(trial, PARAM + name, pack_param(identity, value))
         trial.set_param(name, identity, value, distribution)
 
@@ -211,9 +213,11 @@ class StudyTrials:
         """
         table = self._cache.table
         identity = table.find(name, distribution)
-        if identity is not None and (not claim or identity in table.claimed):
-            return identity
         kind = kind_of(distribution) if claim else ""
+        if identity is not None and (not claim or table.kinds.get(name) == kind):
+            if claim:
+                table.claimed[lookup_key(name, distribution)] = identity
+            return identity
         if claim and name in table.kinds:
             kind = self._compatible_kind(name, table.kinds[name], distribution)
         for _ in range(2):
@@ -237,7 +241,7 @@ class StudyTrials:
         for claimed, claimed_kind in zip(claims[::2], claims[1::2], strict=True):
             table.kinds[claimed.decode("utf-8", "surrogatepass")] = claimed_kind.decode()
         if claim:
-            table.claimed.add(identity)
+            table.claimed[lookup_key(name, distribution)] = int(identity)
         return int(identity)
 
     def _compatible_kind(self, name: str, kind: str, distribution: BaseDistribution) -> str:
