@@ -39,25 +39,38 @@ def _rebuild(cls: type[DLockError], message: str, fields: dict[str, Any]) -> DLo
 class InvalidURLError(DLockError, ValueError):
     """A storage URL that cannot be understood. Field: `url` (without password)."""
 
+    url: str | None
+
 
 class StorageUnavailableError(DLockError, ConnectionError):
     """The server did not answer for `timeout` seconds. Fields: `address`, `timeout`."""
+
+    address: str
+    timeout: float
 
 
 class AccessDeniedError(DLockError, PermissionError):
     """Wrong password, or a user that may not run a needed command. Field: `address`."""
 
+    address: str
+
 
 class ServerConfigurationError(DLockError):
     """A server this package must not work on (it evicts keys, its memory is full). Field: `address`."""
+
+    address: str
 
 
 class DataLostError(DLockError):
     """The server lost acknowledged data, e.g. it restarted without persistence. Field: `address`."""
 
+    address: str
+
 
 class CorruptRecordError(DLockError, ValueError):
     """Something unreadable or foreign stands under one of our keys. Field: `key`."""
+
+    key: str
 
 
 class StudyNotFoundError(DLockError, KeyError):
@@ -71,26 +84,42 @@ class TrialNotFoundError(DLockError, KeyError):
 class StudyExistsError(DLockError, optuna_exceptions.DuplicatedStudyError):
     """A study of this name exists. Field: `study_name`."""
 
+    study_name: str
+
 
 class FinishedTrialError(DLockError, UpdateFinishedTrialError):
     """A finished trial was to be changed. Field: `trial_id`."""
+
+    trial_id: int
 
 
 class IncompatibleDistributionError(DLockError, ValueError):
     """A parameter has another kind of distribution in this study. Field: `param_name`."""
 
+    param_name: str
+
 
 class NotSerializableError(DLockError, TypeError):
     """An attribute that JSON cannot express. Field: `key`."""
+
+    key: str
 
 
 class LockError(DLockError):
     """Base of the errors of `storage.lock(...)`. Field: `name`."""
 
+    name: str
+
 
 class LockNotAcquiredError(LockError, TimeoutError):
     """The lock was not acquired in time. Fields: `name`, `timeout`, `holder`, `held_for` (seconds)."""
 
+    timeout: float | None
+    holder: str | None
+    held_for: float | None
+
 
 class LockLostError(LockError):
     """The lock's lease ran out before it was renewed or released. Fields: `name`, `token`."""
+
+    token: int
