@@ -126,9 +126,14 @@ def main(argv: Sequence[str]) -> int:
             peers = [peer for peer in case.peers if peer in park.peers]
             results[case.key] = runner.measure(case, peers, options.repeat)
             _say("")
-            print("\n".join(report.table(case, results)), end="\n\n", flush=True)
+            print("\n".join(report.table(case, results, pinned=runner.can_pin)), end="\n\n", flush=True)
         print("\n".join(report.summary(cases, results)), end="\n\n")
-        shown = {"quick": options.quick, "repeat": options.repeat, "peers": sorted(park.peers)}
+        shown = {
+            "quick": options.quick,
+            "repeat": options.repeat,
+            "peers": sorted(park.peers),
+            "pinned": runner.can_pin,
+        }
         found = report.as_json(environment, shown, cases, results)
         if "locks" in options.only:
             found["locks"] = _locks(park.access.redis_url, 2.0 if options.quick else 3.0)

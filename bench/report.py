@@ -56,13 +56,16 @@ def _measured(case: Case, target: Target, results: _Results) -> float | None:
     return other.value / ours.value if target.inverse else ours.value / other.value
 
 
-def table(case: Case, results: _Results) -> list[str]:
+_PLACES = {"any": "", "same": " (same CPU)", "split": " (two CPUs)"}
+
+
+def table(case: Case, results: _Results, *, pinned: bool) -> list[str]:
     """One block: a line for each peer, then the targets."""
     outcomes = results[case.key]
-    pinned = "" if case.cpu == "any" else f" ({case.cpu} CPU)" if case.cpu == "same" else " (two CPUs)"
+    place = _PLACES[case.cpu] if pinned or case.cpu == "any" else " (not pinned)"
     order = "more" if case.higher_is_better else "less"
     lines = [
-        f"{case.key}  {case.title}{pinned}; {case.unit}, {order} is better",
+        f"{case.key}  {case.title}{place}; {case.unit}, {order} is better",
         _row("", case.unit, "min - max", "ours/peer", ""),
     ]
     ours = outcomes.get(OURS, Outcome()).value
