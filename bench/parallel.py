@@ -100,6 +100,8 @@ def audit(shares: Sequence[Share], stored: Sequence[int] | None, of: Sequence[in
         of: The numbers that had to be given; default: all that are stored.
     """
     given = [number for share in shares for number in share.numbers]
+    if not given:
+        return "no number given at all"
     twice = sorted(number for number, times in Counter(given).items() if times > 1)
     if twice:
         return f"{len(twice)} numbers given twice, first {twice[0]}"
