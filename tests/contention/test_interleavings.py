@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import optuna
 import pytest
@@ -144,3 +146,20 @@ def test_an_attribute_that_is_sent_again_does_not_undo_what_another_wrote_meanwh
     proxy.cut_next_reply()
     far.set_study_user_attr(study_id, "a", 1)
     assert far.get_study_user_attrs(study_id) == {"a": 2}
+
+
+def test_a_thread_that_dawdles_in_the_middle_of_a_creation_is_not_overtaken_by_another(
+    near: RedisLockedStorage, study_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G6: the server remembers the last operation of a process, which therefore has one at a time."""
+    draw = near._node.next_sequence
+
+    def dawdle() -> int:
+        sequence = draw()
+        time.sleep(0.002 * (sequence % 3))
+        return sequence
+
+    monkeypatch.setattr(near._node, "next_sequence", dawdle)
+    with ThreadPoolExecutor(4) as threads:
+        ids = list(threads.map(lambda _: near.create_new_trial(study_id), range(40)))
+    assert sorted(ids) == [study_id << 32 | number for number in range(40)]
