@@ -341,12 +341,14 @@ def test_who_waits_in_vain_learns_who_held_it_and_for_how_long(
         waited = time.monotonic() - start
     error = caught.value
     assert timeout <= waited < timeout + 2.0
-    assert (error.name, error.timeout) == ("a", timeout)  # type: ignore[attr-defined]
-    assert str(os.getpid()) in error.holder  # type: ignore[attr-defined]
-    assert 0.1 <= error.held_for < 5.0  # type: ignore[attr-defined]
-    assert error.holder in str(error)  # type: ignore[attr-defined]
+    assert (error.name, error.timeout) == ("a", timeout)
+    assert error.holder is not None
+    assert str(os.getpid()) in error.holder
+    assert error.held_for is not None
+    assert 0.1 <= error.held_for < 5.0
+    assert error.holder in str(error)
     again = pickle.loads(pickle.dumps(error))
-    assert (str(again), again.held_for) == (str(error), error.held_for)  # type: ignore[attr-defined]
+    assert (str(again), again.held_for) == (str(error), error.held_for)
 
 
 def test_a_thread_that_waits_for_a_shared_object_times_out_too(
@@ -700,7 +702,7 @@ def test_a_paused_holder_learns_that_it_lost_the_lock(
     assert paused.ask("is held") is False
     error = paused.ask("release")
     assert isinstance(error, LockLostError)
-    assert (error.name, error.token) == ("a", token)  # type: ignore[attr-defined]
+    assert (error.name, error.token) == ("a", token)
     lock.check()
     lock.release()
 
