@@ -117,6 +117,11 @@ def is_whole(record: bytes) -> bool:
     return state_of(record) is TrialState.WAITING and not record[0] & HAS_MORE
 
 
+def with_more(record: bytes) -> bytes:
+    """The same record, telling that there may be more to read."""
+    return bytes((record[0] | HAS_MORE,)) + record[1:]
+
+
 class RawTrial:
     """A record taken apart, parameters still in their internal representation."""
 

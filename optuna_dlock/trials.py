@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, concerns_unfinished, trial_id_of
-from optuna_dlock.codec import dump_json, pack_param, pack_running, pack_trial, pack_value
+from optuna_dlock.codec import dump_json, pack_param, pack_running, pack_trial, pack_value, with_more
 from optuna_dlock.distributions import kind_of, lookup_key, to_text
 from optuna_dlock.errors import (
     DataLostError,
@@ -64,6 +64,7 @@ class StudyTrials:
         self._deferred = deferred
         self._just_finished = -1
         self._stale: set[int] = set()
+        self._lost_race = -1  # after how many round trips a claim last failed
         self._set_field = script("set_trial_field")
         self._get_trial = script("get_trial")
 
@@ -269,9 +270,8 @@ class StudyTrials:
         """
         trial = self._writable(number)
         if state is TrialState.RUNNING and trial.state is not TrialState.WAITING:
-            # A loser of the race for the head of the queue knows by now what else was taken.
-            if trial.owned or self._cache.revision is not None:
-                return False
+            if self._node.waits == self._lost_race:
+                return False  # it has just been told what else was taken
             trial = self._refetch(number)
             if trial.state is not TrialState.WAITING:
                 return False
@@ -286,12 +286,12 @@ class StudyTrials:
                 return True
             if reply[0] == NOT_WAITING:
                 self._mark_stale(trial)
-                self.sync(live=True)
+                self._lose_race()
                 return False
             if reply[0] == FINISHED:
                 self._cache.forget_live(number)
                 if state is TrialState.RUNNING:
-                    self.sync(live=True)
+                    self._lose_race()
                 raise self._finished_error(number)
             if reply[0] == NO_TRIAL:
                 self._cache.forget_live(number)
@@ -299,6 +299,11 @@ class StudyTrials:
             assert reply[0] == BEHIND  # noqa: S101 the only code left
             self._raise_refusal(trial)
             trial = self._refetch(number)
+
+    def _lose_race(self) -> None:
+        """See what else of the queue was taken, so that its next trials need not be asked for one by one."""
+        self.sync(live=True)
+        self._lost_race = self._node.waits
 
     def _finish(
         self,
@@ -337,6 +342,8 @@ class StudyTrials:
         claim = state is TrialState.RUNNING
         start = now if claim else trial.datetime_start
         record = trial.pack(state, values, start, None, token)
+        if not claim:
+            record = with_more(record)  # only the first write to a trial would tell so
         reply = self._section.run(
             script("move_trial"),
             [

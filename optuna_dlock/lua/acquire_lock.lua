@@ -18,6 +18,7 @@ end
 if mode == '1' and redis.call('EXISTS', KEYS[1], KEYS[3]) == 0 then
   return {0, take()} -- the usual case: neither held nor queued for
 end
+-- The wake lists of other tickets cannot be declared in KEYS: whose they are is known here only (see hand_over).
 -- include hand_over
 local POLL_LIMIT = 3000 -- ms; waiters poll each second, and who has not for so long is no waiter any more
 local FETCH_LIMIT = 1000 -- ms; who was given the lock and has not fetched its wake-up for so long is dead
