@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import optuna.exceptions as optuna_exceptions
 
 if TYPE_CHECKING:
-    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.exceptions import UpdateFinishedTrialError as UpdateFinishedTrialError
 else:
     # Optuna has this class since 4.3; before, the contract was a bare RuntimeError.
     UpdateFinishedTrialError = getattr(optuna_exceptions, "UpdateFinishedTrialError", RuntimeError)
