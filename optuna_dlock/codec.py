@@ -34,7 +34,7 @@ NO_VALUES = 0xFFFF
 
 _HEAD = struct.Struct("<BBHIIqq8s")
 _VALUE = struct.Struct("<d")
-_PARAM = struct.Struct("<Id")
+_PARAM = struct.Struct("<IdI")
 _STATES = {state.value: state for state in TrialState}
 _EMPTY_TOKEN = bytes(8)
 
@@ -305,15 +305,15 @@ def unpack_value(data: bytes) -> float:
     return float(value)
 
 
-def pack_param(identity: int, value: float) -> bytes:
-    """Distribution id and internal value of a parameter as 12 bytes."""
-    return _PARAM.pack(identity, value)
+def pack_param(identity: int, value: float, position: int) -> bytes:
+    """Distribution id, internal value and position among the trial's parameters, as 16 bytes."""
+    return _PARAM.pack(identity, value, position)
 
 
-def unpack_param(data: bytes) -> tuple[int, float]:
-    """Distribution id and internal value of a parameter from 12 bytes."""
-    identity, value = _PARAM.unpack(data)
-    return identity, value
+def unpack_param(data: bytes) -> tuple[int, float, int]:
+    """Distribution id, internal value and position of a parameter from 16 bytes."""
+    identity, value, position = _PARAM.unpack(data)
+    return identity, value, position
 
 
 def dump_json(value: Any, key: str) -> str:

@@ -110,6 +110,10 @@ class LiveTrial:
         self.distributions[name] = distribution
         self._frozen = None
 
+    def position(self, name: str) -> int:
+        """The place of a parameter, known or next, in the order in which they were suggested."""
+        return list(self.internal).index(name) if name in self.internal else len(self.internal)
+
     def _set_param(self, identity: int, value: float, table: DistributionTable) -> None:
         name, distribution = table.entry(identity)
         self.set_param(name, identity, value, distribution)
@@ -134,7 +138,7 @@ class LiveTrial:
         self.load()
         kind, rest = field[0], field[1:]
         if kind == PARAM:
-            self._set_param(*unpack_param(data), table)
+            self._set_param(*unpack_param(data)[:2], table)
         elif kind == STEP:
             self.set_step(int(rest), unpack_value(data))
         elif kind == USER_ATTR:
@@ -143,12 +147,19 @@ class LiveTrial:
             self.set_system_attr(rest, load_json_of(data, rest))
 
     def apply_all(self, fields: Sequence[bytes], table: DistributionTable) -> None:
-        """Note a whole hash: field, value, field, value, ..."""
+        """Note a whole hash: field, value, field, value, ... in whatever order the server keeps them."""
+        params: list[tuple[int, str, bytes]] = []
         for field, data in zip(fields[::2], fields[1::2], strict=True):
             if field == b".v":
                 self.version = int(data)
             elif not field.startswith(b"."):
-                self.apply(field.decode("utf-8", "surrogatepass"), data, table)
+                name = field.decode("utf-8", "surrogatepass")
+                if name[0] == PARAM:
+                    params.append((unpack_param(data)[2], name, data))
+                else:
+                    self.apply(name, data, table)
+        for _, name, data in sorted(params):
+            self.apply(name, data, table)
 
     def freeze(self) -> FrozenTrial:
         """The trial as it is now; later writes do not change what is returned."""

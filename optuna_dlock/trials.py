@@ -133,7 +133,7 @@ class StudyTrials:
         identity = self._cache.table.claimed.get(lookup_key(name, distribution))
         if identity is None:
             identity = self._identify(name, distribution, claim=True)
-        trial = self._write(trial, PARAM + name, pack_param(identity, value))
+        trial = self._write(trial, PARAM + name, pack_param(identity, value, trial.position(name)))
         trial.set_param(name, identity, value, distribution)
 
     def set_intermediate_value(self, number: int, step: int, value: float) -> None:

@@ -591,6 +591,28 @@ def test_the_server_forgets_operations_of_the_oldest_clients_only(
     assert workers[0].create_new_trial(study_id) & 0xFFFFFFFF == 20  # one that was forgotten goes on
 
 
+@pytest.mark.parametrize("many", [1, 600], ids=["large value", "many fields"])
+def test_parameters_keep_the_order_in_which_they_were_suggested(url: str, many: int) -> None:
+    """A large hash on the server has no order."""
+    owner, second, reader = (RedisLockedStorage(url) for _ in range(3))
+    study_id = new_study(owner)
+    trial_ids = [owner.create_new_trial(study_id) for _ in range(2)]
+    for trial_id, names in zip(trial_ids, ("hgfedcba", "badcfehg"), strict=True):
+        owner.set_trial_user_attr(trial_id, "long", "x" * 100)
+        for step in range(many):
+            owner.set_trial_intermediate_value(trial_id, step, 0.0)
+        for name in names[:7]:
+            owner.set_trial_param(trial_id, name, 0.5, FloatDistribution(0, 1))
+        second.set_trial_param(trial_id, names[7], 0.5, FloatDistribution(0, 1))
+        second.set_trial_param(trial_id, names[3], 0.25, FloatDistribution(0, 1))  # keeps its place
+        assert list(reader.get_trial(trial_id).params) == list(names)
+        assert list(owner.get_trial(trial_id).params) == list(names)
+        owner.set_trial_state_values(trial_id, COMPLETE, [1.0])
+        for storage in (owner, second, reader, RedisLockedStorage(url)):
+            assert list(storage.get_trial(trial_id).params) == list(names)
+            assert list(storage.get_trial(trial_id).distributions) == list(names)
+
+
 # -- several writers of one trial --------------------------------------------------------------------
 
 
