@@ -83,15 +83,16 @@ class LiveTrial:
         (record, table), self._undecoded = self._undecoded, None
         try:
             raw = RawTrial(record)
-        except (ValueError, struct.error) as error:
+            for identity, x in zip(raw.ids, raw.numbers, strict=True):
+                self._set_param(identity, x, table)
+        except (ValueError, IndexError, struct.error) as error:
+            self._undecoded = record, table
             raise _unreadable(self.number, error) from error
         self.datetime_start = raw.start
         self.values = raw.values
         self.intermediate_values = raw.steps
         self.user_attrs = raw.rest.get("u", {})
         self.system_attrs = raw.rest.get("s", {})
-        for identity, x in zip(raw.ids, raw.numbers, strict=True):
-            self._set_param(identity, x, table)
 
     def move(
         self, state: TrialState, values: list[float] | None, start: datetime | None, version: int
@@ -137,14 +138,17 @@ class LiveTrial:
         """Note a field as it stands in the log or in the trial's hash; others than ours are passed over."""
         self.load()
         kind, rest = field[0], field[1:]
-        if kind == PARAM:
-            self._set_param(*unpack_param(data)[:2], table)
-        elif kind == STEP:
-            self.set_step(int(rest), unpack_value(data))
-        elif kind == USER_ATTR:
-            self.set_user_attr(rest, load_json_of(data, rest))
-        elif kind == SYSTEM_ATTR:
-            self.set_system_attr(rest, load_json_of(data, rest))
+        try:
+            if kind == PARAM:
+                self._set_param(*unpack_param(data)[:2], table)
+            elif kind == STEP:
+                self.set_step(int(rest), unpack_value(data))
+            elif kind == USER_ATTR:
+                self.set_user_attr(rest, load_json_of(data, rest))
+            elif kind == SYSTEM_ATTR:
+                self.set_system_attr(rest, load_json_of(data, rest))
+        except (ValueError, IndexError, struct.error) as error:
+            raise _unreadable(self.number, error) from error
 
     def apply_all(self, fields: Sequence[bytes], table: DistributionTable) -> None:
         """Note a whole hash: field, value, field, value, ... in whatever order the server keeps them."""
@@ -155,7 +159,10 @@ class LiveTrial:
             elif not field.startswith(b"."):
                 name = field.decode("utf-8", "surrogatepass")
                 if name[0] == PARAM:
-                    params.append((unpack_param(data)[2], name, data))
+                    try:
+                        params.append((unpack_param(data)[2], name, data))
+                    except struct.error as error:
+                        raise _unreadable(self.number, error) from error
                 else:
                     self.apply(name, data, table)
         for _, name, data in sorted(params):

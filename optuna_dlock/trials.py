@@ -18,6 +18,7 @@ from optuna_dlock.cache import StudyCache, concerns_unfinished, trial_id_of
 from optuna_dlock.codec import dump_json, pack_param, pack_running, pack_trial, pack_value, with_more
 from optuna_dlock.distributions import kind_of, lookup_key, to_text
 from optuna_dlock.errors import (
+    CorruptRecordError,
     DataLostError,
     DLockError,
     FinishedTrialError,
@@ -234,16 +235,27 @@ class StudyTrials:
             )
             if reply[0] != INCOMPATIBLE:
                 break
+            self._learn(reply[2])
             kind = self._compatible_kind(name, reply[1].decode(), distribution)
         if reply[0] == NO_STUDY:
             raise self._gone()
         _, identity, texts, claims = reply
-        table.extend(texts)
+        self._learn(texts)
         for claimed, claimed_kind in zip(claims[::2], claims[1::2], strict=True):
             table.kinds[claimed.decode("utf-8", "surrogatepass")] = claimed_kind.decode()
         if claim:
             table.claimed[lookup_key(name, distribution)] = int(identity)
         return int(identity)
+
+    def _learn(self, texts: Sequence[bytes]) -> None:
+        """Take in the distributions that follow those known."""
+        try:
+            self._cache.table.extend(texts)
+        except (ValueError, KeyError, TypeError) as error:
+            key = self._keys.dists
+            raise CorruptRecordError(
+                f"key {key!r} holds an unreadable distribution: {error}", key=key
+            ) from error
 
     def _compatible_kind(self, name: str, kind: str, distribution: BaseDistribution) -> str:
         """The kind a name has, if Optuna finds the distribution compatible with it."""
@@ -428,7 +440,7 @@ class StudyTrials:
             cache.forget_live(number)
             raise self._trial_not_found(number)
         if code != OK:
-            cache.table.extend(reply[2][len(cache.table) - known :])
+            self._learn(reply[2][len(cache.table) - known :])
         if code == 1:
             cache.add_records([number], [reply[1]])
         elif code == 2:
@@ -489,14 +501,14 @@ class StudyTrials:
             return None
         _, n, length, numbers, records, revision, entries, unfinished, texts, head = reply
         self._saw(n, length)
-        cache.table.extend(texts[len(cache.table) - known :])
+        self._learn(texts[len(cache.table) - known :])
         if most == 0:
             return None
         if live:
             if entries is None:
                 missed = cache.replace_live([int(n) for n in unfinished[::2]], unfinished[1::2])
             else:
-                missed = cache.apply_log(entries)
+                missed = self._apply_log(entries)
         cache.add_records([int(number) for number in numbers], records)
         cache.order_read += len(numbers)
         if length > cache.order_read:
@@ -507,6 +519,15 @@ class StudyTrials:
             self._fetch_many(sorted(n for n in missed if not cache.is_finished(n)))
             cache.revision = revision
         return list(head)
+
+    def _apply_log(self, entries: Sequence[bytes]) -> set[int]:
+        try:
+            return self._cache.apply_log(entries)
+        except CorruptRecordError:
+            raise
+        except ValueError as error:
+            key = self._keys.log
+            raise CorruptRecordError(f"key {key!r} holds an unreadable entry: {error}", key=key) from error
 
     def _changes_call(self, cursor: int, queue: bool, read: int, most: int) -> tuple[Any, Any, Any]:
         keys = self._keys

@@ -902,7 +902,7 @@ def test_many_lost_replies_do_not_break_exclusion(
     def work(manager: LockManager) -> None:
         nonlocal counter
         try:
-            for _ in range(10):
+            for _ in range(5):
                 with manager.lock("a"):
                     count = counter
                     time.sleep(0.001)
@@ -918,8 +918,8 @@ def test_many_lost_replies_do_not_break_exclusion(
         thread.join(2 * PATIENCE)
     proxy.cut_randomly(0)
     assert not errors
-    assert counter == 30
-    assert proxy.cuts > 5
+    assert counter == 15
+    assert proxy.cuts > 3
 
 
 def test_a_lock_survives_a_restart_with_its_data(make: Callable[..., LockManager]) -> None:

@@ -293,12 +293,14 @@ def _version(since: bytes) -> tuple[int, ...]:
     return tuple(int(part) for part in since.split(b"."))
 
 
-def _newer_options(documented: Any) -> Iterator[str]:
+def _newer_options(documented: Any, newer: bool = False) -> Iterator[str]:
+    """The options that came after 6.2; what belongs to such an option is as new."""
     for argument in documented:
         fields = _pairs(argument)
-        if "since" in fields and _version(fields["since"]) > (6, 2, 99) and "token" in fields:
+        new = newer or ("since" in fields and _version(fields["since"]) > (6, 2, 99))
+        if new and "token" in fields:
             yield fields["token"].decode().upper()
-        yield from _newer_options(fields.get("arguments", []))
+        yield from _newer_options(fields.get("arguments", []), new)
 
 
 # -- what Python sends ---------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ def test_a_new_trial_is_read_without_asking(url: str, connect: Connect) -> None:
     study_id = storage.create_new_study(MINIMIZE)
     trial_id = storage.create_new_trial(study_id)
     assert waits_of(storage, storage.get_trial, trial_id) == 0
+    assert waits_of(storage, storage.get_trial, trial_id) == 1, "once only: others may write to it"
 
 
 def test_a_new_trial_is_asked_for_if_anything_else_waited_in_between(url: str, connect: Connect) -> None:

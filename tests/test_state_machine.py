@@ -225,6 +225,19 @@ class StorageMachine(RuleBasedStateMachine):
                 found.value = sorted(found.value, key=lambda t: int(t.number))
             self.assert_same_trials(study, expected.value, found.value)
 
+    def compare_trial(self, who: int, ids: tuple[int, int]) -> None:
+        """Read a trial; also right after its creation or claim, as `Study.ask` does.
+
+        That one read is answered from memory until the object waits for the server again: what others write
+        in between it does not see.
+        """
+        model_id, real_id = ids
+        expected, found = self.both(
+            lambda: self.model.get_trial(model_id), lambda: self.storages[who].get_trial(real_id)
+        )
+        if expected.error is None:
+            self.assert_same_trial(expected.value, found.value, real_id)
+
     def compare_best(self, storage: RedisLockedStorage, study: _Study) -> None:
         expected = _Answer(lambda: self.model.get_best_trial(study.model_id))
         found = _Answer(lambda: storage.get_best_trial(study.real_id))
@@ -338,6 +351,7 @@ class StorageMachine(RuleBasedStateMachine):
         )
         if expected.error is None:
             study.trials.append((expected.value, found.value))
+            self.compare_trial(who, (expected.value, found.value))
 
     # -- changing trials ---------------------------------------------------------------------------
 
@@ -398,6 +412,7 @@ class StorageMachine(RuleBasedStateMachine):
             lambda: self.model.set_trial_state_values(model_id, state, given),
             lambda: self.storages[who].set_trial_state_values(real_id, state, given),
         )
+        self.compare_trial(who, (model_id, real_id))
 
     @precondition(has_trials)
     @rule(who=_who, pick=_picks)
@@ -407,6 +422,7 @@ class StorageMachine(RuleBasedStateMachine):
             lambda: self.model.set_trial_state_values(model_id, TrialState.RUNNING),
             lambda: self.storages[who].set_trial_state_values(real_id, TrialState.RUNNING),
         )
+        self.compare_trial(who, (model_id, real_id))
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -436,12 +452,7 @@ class StorageMachine(RuleBasedStateMachine):
     @precondition(has_trials)
     @rule(who=_who, pick=_picks)
     def read_trial(self, who: int, pick: int) -> None:
-        model_id, real_id = self.trial(pick)
-        expected, found = self.both(
-            lambda: self.model.get_trial(model_id), lambda: self.storages[who].get_trial(real_id)
-        )
-        if expected.error is None:
-            self.assert_same_trial(expected.value, found.value, real_id)
+        self.compare_trial(who, self.trial(pick))
 
     @precondition(has_trials)
     @rule(
