@@ -407,6 +407,12 @@ def test_an_undeclared_key_is_seen() -> None:
     assert undeclared_keys("redis.call('SET', lock, f(a, 'b'), 'PX', ttl)", ["lock"]) == []
 
 
+def test_a_call_within_a_call_is_one_argument() -> None:
+    assert calls("x(redis.call('SET', lock, f(a, 'b,'), {1, 2}))", "redis.call") == [
+        ["'SET'", "lock", "f(a, 'b,')", "{1, 2}"]
+    ]
+
+
 def test_codes_are_read_with_and_without_brackets() -> None:
     header = Header(
         "-- x: y\n-- Returns {0} | {-7, id} EXISTS\n--   | -2 NO_TRIAL (none)\n-- Retry-safe: -9 A"
