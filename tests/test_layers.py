@@ -15,7 +15,7 @@ PACKAGE = Path(optuna_dlock.__file__).parent
 LAYERS = {
     "tools": {"cli", "demo", "demo_view", "demo_worker", "audit"},
     "facade": {"__init__", "storage"},
-    "state": {"studies", "trials", "cache", "live_trial"},
+    "state": {"studies", "trials", "trial_reads", "cache", "live_trial"},
     "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock"},
     "server": {"node", "channel", "scripts", "server", "embedded", "supervisor"},
     "ground": {"errors", "keys", "codec", "distributions", "url", "retry"},

@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from optuna_dlock import RedisLockedStorage
-from optuna_dlock.codec import pack_param
+from optuna_dlock.codec import pack_param, pack_trial
 from optuna_dlock.errors import (
     AccessDeniedError,
     CorruptRecordError,
@@ -143,7 +143,7 @@ def test_an_unknown_trial_is_a_key_error_for_every_call(storage: RedisLockedStor
     before = everything(valkey, storage)
     for trial_id in (known + 1, known + 2**31, (study_id + 1) << 32, 0, -1, 2**70):
         for at, call in enumerate(_calls_on_a_trial(storage, trial_id)):
-            with pytest.raises(KeyError):
+            with pytest.raises(KeyError, match="no trial"):
                 pytest.fail(f"call {at} on trial {trial_id} returned {call()!r}")
     with pytest.raises(KeyError):
         storage.get_trial_id_from_study_id_trial_number(study_id, 1)
@@ -289,7 +289,16 @@ def test_an_unreadable_finished_trial_is_named_by_its_key(
     assert valkey.command("HGET", key, 0) == record
 
 
-@pytest.mark.parametrize("record", [b"", b"garbage", b"\x02" + bytes(99), b"\x01\x09" + bytes(98)])
+_STRANGE_PARAM = pack_trial(RUNNING, None, [(99, 0.5)], {}, {}, {}, None, None)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(b"", b"garbage", b"\x02" + bytes(99), b"\x01\x09" + bytes(98)),
+        *(_STRANGE_PARAM, _STRANGE_PARAM[:-1], _STRANGE_PARAM[:36]),
+    ],
+)
 def test_an_unreadable_unfinished_trial_is_a_corrupt_record(
     storage: RedisLockedStorage, other: RedisLockedStorage, valkey: Server, record: bytes
 ) -> None:
@@ -474,6 +483,17 @@ def test_a_server_that_lost_everything_is_noticed_by_every_call(flavour: str, ca
             anew.create_new_study(MINIMIZE)
         with pytest.raises(DataLostError):  # another data set by now
             _calls_after_the_loss(storage, study_id)[call]()
+
+
+def test_data_that_went_without_a_restart_is_noticed_too() -> None:
+    with Server("valkey") as server:
+        storage = RedisLockedStorage(server.url)
+        study_id = storage.create_new_study(MINIMIZE)
+        storage.create_new_trial(study_id)
+        server.command("FLUSHALL")
+        for call in (0, 1, 2, 5):
+            with pytest.raises(DataLostError):
+                _calls_after_the_loss(storage, study_id)[call]()
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
