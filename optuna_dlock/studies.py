@@ -184,7 +184,7 @@ class Registry:
     def _fetch(self, node: Node, study_id: int) -> StudyInfo:
         described = node.command("HGET", self._keys.studies, str(study_id))
         if described is None:
-            raise _not_found(study_id)
+            raise self.gone(node, study_id)
         info = self._infos[study_id] = self._read(described)
         self._learn_uid(node)
         return info
