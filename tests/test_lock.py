@@ -447,8 +447,16 @@ def test_a_waiter_that_gives_up_leaves_the_queue(make: Callable[..., LockManager
     assert lock.acquire(0) == 2
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, even in a background job, which a shell makes deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_wait_that_is_interrupted_leaves_the_queue(
-    make: Callable[..., LockManager], valkey_url: str
+    make: Callable[..., LockManager], valkey_url: str, ctrl_c: None
 ) -> None:
     """Ctrl-C: the lock is not handed to a ticket that nobody knows of any more."""
     holder, manager = make(valkey_url).lock("a"), make(valkey_url)
