@@ -4,6 +4,9 @@
 -- ARGV[1] id  ARGV[2] name  ARGV[3] study as JSON  ARGV[4] format version  ARGV[5] uid for a new data set
 -- Returns {0} | {-7, id} EXISTS | {-8, key} FOREIGN
 -- Retry-safe: the id belongs to this call alone; the same id again gets {0}.
+-- Somebody else's data under one of these keys is an error, which has to come before the first write.
+redis.call('HEXISTS', KEYS[2], ARGV[1])
+redis.call('HEXISTS', KEYS[3], 'uid')
 local known = redis.call('HGET', KEYS[1], ARGV[2])
 if known == ARGV[1] then
   return {0}
