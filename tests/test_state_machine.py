@@ -444,8 +444,9 @@ class StorageMachine(RuleBasedStateMachine):
         else:
             asked: Any = (TrialState.WAITING,) if what == "waiting" else states
             self.compare_trials(storage, study, deepcopy, asked)
+            listed: Any = None if asked is None else list(asked)  # see compare_trials
             self.same(
-                lambda: self.model.get_n_trials(study.model_id, asked),
+                lambda: self.model.get_n_trials(study.model_id, listed),
                 lambda: storage.get_n_trials(study.real_id, asked),
             )
 
@@ -497,7 +498,9 @@ class StorageMachine(RuleBasedStateMachine):
 
     @rule(who=_who)
     def lose_the_connection(self, who: int) -> None:
+        """Writes whose replies are outstanding are sent again with the next call that waits."""
         self.storages[who]._node.close()
+        self.storages[who]._node.command("PING")
 
     @rule(who=_who)
     def start_anew(self, who: int) -> None:
