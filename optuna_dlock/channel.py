@@ -111,10 +111,11 @@ class Channel:
 class SocketChannel(Channel):
     """The same, straight to the socket."""
 
-    __slots__ = ("_gets", "_reader", "_recv")
+    __slots__ = ("_gets", "_reader", "_recv", "sock")
 
     def __init__(self, connection: Connection, sock: socket.socket) -> None:
         super().__init__(connection)
+        self.sock = sock
         self._reader = hiredis.Reader(replyError=RefusalError, notEnoughData=_INCOMPLETE)
         self._gets = self._reader.gets
         timeout = sock.gettimeout()
@@ -140,6 +141,29 @@ class SocketChannel(Channel):
             self._reader.feed(data)
             reply = self._gets()
         return reply
+
+    def read_available(self) -> list[Any]:
+        """All replies that have arrived; waits for none, once the socket was found readable.
+
+        Raises:
+            OSError: If the connection is closed or lost.
+        """
+        sock = self.sock
+        encrypted = isinstance(sock, ssl.SSLSocket)
+        while True:
+            try:
+                data = sock.recv(_RECEIVE, 0 if encrypted else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            if not data:
+                raise ConnectionResetError("connection closed by the server")
+            self._reader.feed(data)
+            if len(data) < _RECEIVE or (isinstance(sock, ssl.SSLSocket) and not sock.pending()):
+                break
+        replies = []
+        while (reply := self._gets()) is not _INCOMPLETE:
+            replies.append(reply)
+        return replies
 
 
 _INCOMPLETE = object()

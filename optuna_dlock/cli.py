@@ -36,6 +36,14 @@ examples:
   optuna-dlock audit embedded:optuna.valkey --study digits --json
 
 Exit codes: 0 all numbers are 0..n-1, 1 some are missing or doubled, 2 it could not look."""
+_DOCTOR_EXAMPLES = """\
+examples:
+  optuna-dlock doctor redis://localhost:6379/0
+  optuna-dlock doctor keydb://:password@h1:6379,h2:6379,h3:6379/0
+  optuna-dlock doctor keydb://h1:6379/0 keydb://h2:6379/0 --json
+
+It changes nothing on the servers and shows no password.
+Exit codes: 0 nothing failed (there may be warnings), 1 something did, 2 a URL is wrong."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,6 +101,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="call a trial a zombie that has been RUNNING for longer (default: 3600)",
     )
+    doctor = _command(
+        commands,
+        "doctor",
+        "check whether servers are fit to be masters, and say what to change",
+        _DOCTOR_EXAMPLES,
+        _doctor,
+    )
+    doctor.add_argument(
+        "urls", metavar="URL", nargs="+", help=f"{_URL_HELP}; or several hosts, h1:6379,h2:6379"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON, one object")
     return parser
 
 
@@ -155,6 +174,14 @@ def _audit(args: argparse.Namespace) -> int:
         )
     print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else _table(found))
     return OK if all(study["ok"] for study in found) else FAILED
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from optuna_dlock.doctor import examine, report_json, report_text
+
+    report = examine(args.urls, _TIMEOUT)
+    print(report_json(report) if args.json else report_text(report))
+    return OK if report.ok else FAILED
 
 
 def _table(found: list[dict[str, Any]]) -> str:

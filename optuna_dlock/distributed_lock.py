@@ -51,6 +51,21 @@ class LockBackend(Protocol):
     def holder(self, name: str) -> HolderInfo | None:
         """Who holds the lock now."""
 
+    def lock(self, name: str, ttl: float = 30.0, timeout: float | None = None) -> DistributedLock:
+        """The lock of this name, not acquired yet."""
+
+    def holder_key(self, name: str) -> str:
+        """The key that exists exactly while somebody holds the lock."""
+
+    def holds(self, name: str) -> bool:
+        """Whether this process holds the lock, as far as is known here."""
+
+    def free_if_dead(self, name: str) -> None:
+        """While waiting for the lock: free it if its holder died, where no server does so by itself."""
+
+    def close(self) -> None:
+        """Close connections; what is held ends with its lease."""
+
 
 class DistributedLock:
     """A lock that one thread of one process on one host holds at a time; `manager.lock(...)` makes it.

@@ -49,6 +49,18 @@ class StorageUnavailableError(DLockError, ConnectionError):
     timeout: float
 
 
+class QuorumError(StorageUnavailableError):
+    """No majority of several masters answered for `timeout` seconds.
+
+    Fields: `needed` and `answered` (numbers of masters), `nodes` (address -> what is wrong there), `address`,
+    `timeout`.
+    """
+
+    needed: int
+    answered: int
+    nodes: dict[str, str]
+
+
 class AccessDeniedError(DLockError, PermissionError):
     """Wrong password, or a user that may not run a needed command. Field: `address`."""
 
@@ -59,6 +71,12 @@ class ServerConfigurationError(DLockError):
     """A server this package must not work on (it evicts keys, its memory is full). Field: `address`."""
 
     address: str
+
+
+class MembershipError(ServerConfigurationError):
+    """A master belongs to another list of masters than the one given. Fields: `address`, `members`."""
+
+    members: list[str]
 
 
 class DataLostError(DLockError):

@@ -9,16 +9,34 @@ FORMAT_VERSION = 1
 class RegistryKeys:
     """Keys that belong to no study: who exists, and which id comes next."""
 
+    ballots: str
+    sections: str
+    leases: str
+    fences: str
+    released: str
+
     def __init__(self, prefix: str) -> None:
         base = f"{prefix}:{{registry}}:"
         self.info = base + "info"  # hash: format version, uid of this data set, last study id
         self.names = base + "names"  # hash: study name -> id
         self.studies = base + "studies"  # hash: id -> name and directions
         self.trash = base + "trash"  # set: ids of deleted studies whose keys are not all swept yet
+        self.members = base + "members"  # string: the list of masters, where there are several
+        _add_masters_keys(self, base)
+
+    def copied(self) -> list[str]:
+        """What another master's copy consists of."""
+        return [self.info, self.names, self.studies, self.trash, *_masters_keys(self)]
 
 
 class StudyKeys:
     """Keys of one study, all under one hash tag (one slot of a Redis Cluster)."""
+
+    ballots: str
+    sections: str
+    leases: str
+    fences: str
+    released: str
 
     def __init__(self, prefix: str, study_id: int) -> None:
         base = f"{prefix}:{{{study_id}}}:"
@@ -37,15 +55,54 @@ class StudyKeys:
         self.claims = base + "claims"  # hash: parameter name -> kind of distribution it must keep
         self.user_attrs = base + "user"  # hash: key -> JSON
         self.system_attrs = base + "system"  # hash: key -> JSON
-        self._trial = base + "t:"
+        _add_masters_keys(self, base)
+        self.trial_base = base + "t:"
 
     def trial(self, number: int) -> str:
         """Hash of what was written to an unfinished trial after its record in `live`."""
-        return self._trial + str(number)
+        return self.trial_base + str(number)
 
     def everything_but_trials(self) -> list[str]:
         """All keys whose names do not depend on a trial number."""
-        return [value for name, value in vars(self).items() if name not in ("_trial", "lock")]
+        return [value for name, value in vars(self).items() if name not in ("trial_base", "lock")]
+
+    def copied(self) -> list[str]:
+        """What another master's copy consists of, besides the hashes of unfinished trials."""
+        own = (self.ballots, self.offers, self.log)
+        return [self.lock, *(key for key in self.everything_but_trials() if key not in own), self.log]
+
+
+# -- several masters --------------------------------------------------------------------------------------
+
+
+def _add_masters_keys(keys: RegistryKeys | StudyKeys, base: str) -> None:
+    keys.ballots = base + "ballots"  # hash: who may run the next section, after which (lua/masters)
+    keys.sections = base + "sections"  # list, capped: the last sections, for a master that missed them
+    keys.leases = base + "leases"  # hash: name of a lock -> its holder
+    keys.fences = base + "fences"  # hash: name of a lock -> the last fencing token given
+    keys.released = base + "released"  # hash: client -> ticket of the lock it released last
+
+
+def _masters_keys(keys: RegistryKeys | StudyKeys) -> list[str]:
+    return [keys.sections, keys.leases, keys.fences, keys.released]
+
+
+def object_of(key: str) -> str:
+    """What the names of all keys of the same replicated object begin with: those of a study, or the registry's."""
+    return key[: key.rindex("}:") + 2]
+
+
+def on_master(prefix: str, address: str, run: str) -> str:
+    """The prefix of all keys that belong to one run of one of several masters.
+
+    What another master replicates to this one, or echoes from an earlier run of it, has other names (KeyDB).
+    """
+    return f"{prefix}@{address}.{run}"
+
+
+def run_key(prefix: str, address: str) -> str:
+    """Hash: run of this master in which it had data -> since when."""
+    return f"{prefix}@{address}:run"
 
 
 class LockKeys:

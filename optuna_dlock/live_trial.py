@@ -53,7 +53,7 @@ class LiveTrial:
         self.user_attrs: dict[str, Any] = {}
         self.system_attrs: dict[str, Any] = {}
         self.version = 0
-        self.head = b""
+        self.head: Any = None
         self.owned = False
         self.fresh = 0
         self.stale = False

@@ -116,6 +116,9 @@ class LockManager:
         """Whether this process holds this lock, as far as is known here."""
         return self._renewal.holds(name)
 
+    def free_if_dead(self, name: str) -> None:
+        """Nothing to do: the server ends leases by itself."""
+
     def holder(self, name: str) -> HolderInfo | None:
         """Who holds this lock now; None if nobody does."""
         key = lock_keys(self.prefix, name).holder

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import hiredis
 import redis
@@ -34,7 +34,7 @@ Packed = bytes
 
 _logger = logging.getLogger(__name__)
 # hiredis's own annotation takes tuples of one element only.
-_pack_command: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)
+pack_command: Callable[[tuple[Argument, ...]], bytes] = cast("Any", hiredis.pack_command)
 # A deferred write is collected by the next call that waits; past this many, posting waits for it.
 MAX_OUTSTANDING = 1000
 # Refusals that pass by themselves: the server is loading, a failover is under way, a script runs long.
@@ -49,7 +49,7 @@ class Post:
     """A write that was sent and whose reply is still to be read.
 
     Args:
-        head: The packed command up to the arguments that follow; see `pack_head`.
+        head: The command up to the arguments that follow; see `Node.make_head`.
         field, value: The next two arguments.
         sequence: The last argument. The server executes a number once, however often it is sent (G6).
         expected: The reply that says that all is as the sender thought.
@@ -61,7 +61,7 @@ class Post:
 
     def __init__(
         self,
-        head: bytes,
+        head: Any,
         field: bytes,
         value: bytes,
         sequence: int,
@@ -89,12 +89,6 @@ class Post:
             len(sequence),
             sequence,
         )
-
-
-def pack_head(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> bytes:
-    """The unchanging first part of the command of a Post: three more arguments follow."""
-    packed = _pack(script, keys, (*args, b"", b"", b""))
-    return packed[: -len(b"$0\r\n\r\n" * 3)]
 
 
 class Node:
@@ -130,7 +124,7 @@ class Node:
         self._checking = False
         self._outstanding: deque[Post] = deque()
         self._sequence = 0
-        _forget_in_children(self)
+        forget_in_children(self)
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -176,14 +170,19 @@ class Node:
 
     def command(self, *args: Argument) -> Any:
         """Run a plain command and return its reply."""
-        return self._ask([_pack_command(args)], lambda _: [str(a) for a in args[1:2]])[0]
+        return self._ask([pack_command(args)], lambda _: [str(a) for a in args[1:2]])[0]
 
     def commands(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
         """Run several plain commands in one round trip."""
         return self._ask(
-            [_pack_command(tuple(args)) for args in commands],
+            [pack_command(tuple(args)) for args in commands],
             lambda index: [str(a) for a in commands[index][1:2]],
         )
+
+    def make_head(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        """The unchanging first part of the command of a Post: three more arguments follow."""
+        packed = _pack(script, keys, (*args, b"", b"", b""))
+        return packed[: -len(b"$0\r\n\r\n" * 3)]
 
     def post(self, post: Post) -> None:
         """Send a write now, read its reply with the next call that waits."""
@@ -330,7 +329,7 @@ class Node:
             return "".join(keys) or "of a trial"
         types = self.commands([("TYPE", key) for key in keys])
         for key, found in zip(keys, types, strict=True):
-            wanted = _TYPES.get(key.rpartition(":")[2], "hash")
+            wanted = type_of_key(key)
             if found not in (b"none", "none", wanted, wanted.encode()):
                 return key
         return ", ".join(keys)
@@ -357,7 +356,7 @@ class Node:
 
     def _prepare(self, channel: Channel) -> None:
         scripts = all_scripts()
-        channel.send(b"".join(_pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts))
+        channel.send(b"".join(pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts))
         for reply in [channel.read() for _ in scripts]:
             if _is_passing(reply):
                 raise redis_errors.ConnectionError(str(reply))
@@ -412,11 +411,17 @@ _TYPES = {
     "lock": "string",
     "fence": "string",
     "queue": "list",
+    "sections": "list",
 }
 
 
+def type_of_key(key: str) -> str:
+    """What kind of value stands under one of our keys."""
+    return _TYPES.get(key.rpartition(":")[2], "hash")
+
+
 def _pack(script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Packed:
-    return _pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))
+    return pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))
 
 
 def _is_passing(reply: Any) -> bool:
@@ -441,10 +446,18 @@ def _default_timeouts(redis_url: str, timeout: float) -> dict[str, float]:
     return {name: value for name, value in wanted.items() if name + "=" not in redis_url}
 
 
-_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+class Forgetful(Protocol):
+    """What has to be told in a forked child that it is another process now."""
+
+    def forget(self) -> None:  # noqa: D102
+        ...
 
 
-def _forget_in_children(node: Node) -> None:
+_nodes: weakref.WeakSet[Forgetful] = weakref.WeakSet()
+
+
+def forget_in_children(node: Forgetful) -> None:
+    """Call the node's `forget` in every forked child."""
     _nodes.add(node)
 
 

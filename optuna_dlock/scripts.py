@@ -20,6 +20,11 @@ FOREIGN = -8
 NOT_WAITING = -9
 NOT_HELD = -10
 STALE = -11
+# With several masters, what stands around the reply of a section:
+NO_DATA = -20
+STALE_BALLOT = -21
+GAP = -22
+LEASED = -23
 
 _INCLUDE = re.compile(r"^-- include (\w+)\n", re.MULTILINE)
 
@@ -46,12 +51,60 @@ def script(name: str) -> Script:
 
 @cache
 def all_scripts() -> tuple[Script, ...]:
-    """All scripts, in the order of their names; files that start with `_` are only included."""
-    folder = files("optuna_dlock").joinpath("lua")
-    names = sorted(entry.name.removesuffix(".lua") for entry in folder.iterdir())
-    return tuple(script(name) for name in names if not name.startswith("_"))
+    """The scripts for one server, in the order of their names; files that start with `_` are only included."""
+    return tuple(script(name) for name in _names("lua"))
+
+
+# -- several masters: the same bodies, with what several masters need around them ------------------------
+
+# Which sections change an object's state, and so have to be run by all masters in the same order.
+SECTIONS = (
+    *("create_study", "create_trial", "define_param", "delete_study", "finish_trial", "move_trial"),
+    *("next_study_id", "set_study_attr", "set_trial_field", "sweep_study"),
+    *("confirm_state", "drop_lease", "renew_lease", "take_lease"),
+)
+READS = ("get_changes", "get_stale_trials", "get_study_attrs", "get_trial", "read_key")
+HINTS = ("record_heartbeat",)
+_BODY = "-- body\n"
+
+
+@cache
+def wrapped(wrapper: str, name: str) -> Script:
+    """The script `name` as the body of `lua/masters/_<wrapper>.lua`; its own name stays."""
+    around = _file("masters", "_" + wrapper)
+    body = _read(name) if name in _names("lua") else _file("masters", name)
+    return Script(name, around.replace(_BODY, body, 1))
+
+
+@cache
+def masters_script(name: str) -> Script:
+    """The script in `lua/masters/<name>.lua`, as it is."""
+    return Script(name, _file("masters", name))
+
+
+@cache
+def all_masters_scripts() -> tuple[Script, ...]:
+    """Everything that one of several masters has to know."""
+    own = set(_names("lua", "masters")) - set(SECTIONS) - set(READS)
+    return (
+        *(wrapped("fenced", name) for name in SECTIONS),
+        *(wrapped("versioned", name) for name in READS),
+        *(wrapped("present", name) for name in HINTS),
+        *(masters_script(name) for name in sorted(own)),
+    )
+
+
+@cache
+def _names(*folder: str) -> tuple[str, ...]:
+    entries = files("optuna_dlock").joinpath(*folder).iterdir()
+    names = sorted(entry.name for entry in entries if entry.name.endswith(".lua"))
+    return tuple(name.removesuffix(".lua") for name in names if not name.startswith("_"))
+
+
+def _file(*path: str) -> str:
+    *folder, name = path
+    return files("optuna_dlock").joinpath("lua", *folder, name + ".lua").read_text("utf-8")
 
 
 def _read(name: str) -> str:
-    text = files("optuna_dlock").joinpath("lua", name + ".lua").read_text("utf-8")
-    return _INCLUDE.sub(lambda match: _read("_" + match[1]), text)
+    return _INCLUDE.sub(lambda match: _read("_" + match[1]), _file(name))

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from optuna_dlock.distributed_lock import LockBackend
+from optuna_dlock.ensemble import AnyNode
 from optuna_dlock.errors import LockNotAcquiredError
-from optuna_dlock.lock import LockManager
-from optuna_dlock.node import Argument, Node
+from optuna_dlock.node import Argument
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import BUSY, Script
 
@@ -20,7 +21,7 @@ class Section:
     scripts of other processes for as long as several steps take; its holder's own go on.
     """
 
-    def __init__(self, node: Node, locks: LockManager, study_id: int) -> None:
+    def __init__(self, node: AnyNode, locks: LockBackend, study_id: int) -> None:
         self.name = f"study:{study_id}"
         self._node = node
         self._locks = locks
@@ -48,6 +49,7 @@ class Section:
             return reply
         waiting = Backoff(self._node.timeout, first=0.005, longest=0.1)
         while reply[0] == BUSY:
+            self._locks.free_if_dead(self.name)
             if not waiting.wait():
                 raise self._still_held(script)
             reply = self._node.run(script, keys, args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -10,9 +10,10 @@ from urllib.parse import quote
 import redis
 
 from optuna_dlock.channel import Connection
+from optuna_dlock.errors import InvalidURLError
 from optuna_dlock.keys import DEFAULT_PREFIX
 from optuna_dlock.node import connection_factory
-from optuna_dlock.url import parse_url
+from optuna_dlock.url import parse_url, split_url
 
 # Options of a client's connections that belong to that client: its retries and its notifications.
 _NOT_TAKEN_OVER = (
@@ -30,6 +31,7 @@ class Server:
     Attributes:
         address: Host and port, or path; never a password.
         prefix: First part of all key names.
+        masters: Each one, where the data is on several; else nothing.
     """
 
     address: str
@@ -37,6 +39,7 @@ class Server:
     redis_url: str | None = field(default=None, repr=False)
     embedded_path: str | None = None
     client: tuple[type, dict[str, Any]] | None = field(default=None, repr=False)
+    masters: tuple[Server, ...] = ()
 
     def connection_factory(self, timeout: float) -> Callable[[], Connection]:
         """What makes connections; starts an embedded server on first use."""
@@ -59,14 +62,35 @@ class Server:
         return connect
 
 
-def server_of_url(url: str | None, prefix: str | None) -> Server:
-    """The server that a URL names.
+def server_of_url(url: str | Sequence[str] | None, prefix: str | None) -> Server:
+    """The server, or the several masters, that a URL or a list of URLs names.
 
     Raises:
-        InvalidURLError: If it cannot be understood.
+        InvalidURLError: If it cannot be understood, or if masters of one list have different prefixes.
     """
-    location = parse_url(url, prefix)
-    return Server(location.address, location.prefix, location.redis_url, location.embedded_path)
+    urls = [url] if url is None or isinstance(url, str) else list(url)
+    locations = [parse_url(one, prefix) for given in urls for one in _split(given)]
+    servers = [
+        Server(found.address, found.prefix, found.redis_url, found.embedded_path) for found in locations
+    ]
+    if len(servers) == 1:
+        return servers[0]
+    masters = tuple(sorted(servers, key=lambda server: server.address))
+    addresses = [server.address for server in masters]
+    shown = ",".join(addresses)
+    if not masters:
+        raise InvalidURLError("an empty list of masters: give one URL at least", url=None)
+    if len(set(addresses)) < len(masters):
+        raise InvalidURLError(f"a master is listed twice: {shown}", url=shown)
+    if len({server.prefix for server in masters}) > 1:
+        raise InvalidURLError(f"the masters {shown} have different prefixes", url=shown)
+    if any(server.embedded_path for server in masters):
+        raise InvalidURLError("an embedded server cannot be one of several masters", url=shown)
+    return Server(shown, masters[0].prefix, masters=masters)
+
+
+def _split(url: str | None) -> Sequence[str | None]:
+    return split_url(url) if isinstance(url, str) else [url]
 
 
 def server_of_client(client: redis.Redis, prefix: str | None) -> Server:

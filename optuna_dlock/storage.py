@@ -20,7 +20,9 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, trial_id_of
-from optuna_dlock.distributed_lock import DistributedLock
+from optuna_dlock.distributed_lock import DistributedLock, LockBackend
+from optuna_dlock.ensemble import AnyNode, Ensemble
+from optuna_dlock.ensemble_lock import EnsembleLocks
 from optuna_dlock.errors import DLockError, TrialNotFoundError
 from optuna_dlock.lock import LockManager
 from optuna_dlock.node import Node
@@ -68,7 +70,8 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
 
     Args:
         url: `redis://`, `rediss://`, `valkey://`, `valkeys://`, `keydb://`, `keydbs://`, `unix://` or
-            `embedded:PATH`; or a `redis.Redis` client. None takes `$OPTUNA_DLOCK_URL`, else
+            `embedded:PATH`; or a `redis.Redis` client. Several masters are `keydb://m1:6373,m2:6374,m3:6375/0`
+            or a list of URLs. None takes `$OPTUNA_DLOCK_URL`, else
             `embedded:optuna.valkey`.
         heartbeat_interval: Seconds between two heartbeats of a running trial; None for no heartbeats.
         grace_period: Seconds without a heartbeat after which a trial counts as stale; None for twice the
@@ -92,7 +95,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
 
     def __init__(
         self,
-        url: str | redis.Redis | None = None,
+        url: str | Sequence[str] | redis.Redis | None = None,
         *,
         heartbeat_interval: int | None = None,
         grace_period: int | None = None,
@@ -133,17 +136,27 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
             client=lambda: self._client,
             section=lambda study_id: Section(self._node, self._locks, study_id),
         )
+        if self._server.masters:
+            self._connect_to_masters()
+            return
         make_connection = self._server.connection_factory(self._timeout)
-        self._node = Node(
+        self._node: AnyNode = Node(
             make_connection,
             self._server.address,
             self._timeout,
             on_connect=self._registry.check_server,
             on_fork=self._start_anew,
         )
-        self._locks = _lock_manager(self._lock_backend)(
+        self._locks: LockBackend = _lock_manager(self._lock_backend)(
             make_connection, self._server.address, self._timeout, self._server.prefix
         )
+        self._start_anew()
+
+    def _connect_to_masters(self) -> None:
+        servers = [(m.address, m.connection_factory(self._timeout)) for m in self._server.masters]
+        prefix = self._server.prefix
+        self._node = Ensemble(servers, prefix, self._timeout, on_fork=self._start_anew)
+        self._locks = EnsembleLocks(Ensemble(servers, prefix, self._timeout))
         self._start_anew()
 
     def _start_anew(self) -> None:

@@ -11,16 +11,17 @@ from typing import Any
 from optuna.study import StudyDirection
 
 from optuna_dlock.codec import dump_json, load_json
+from optuna_dlock.ensemble import AnyNode, Ensemble
 from optuna_dlock.errors import (
     CorruptRecordError,
     DataLostError,
     DLockError,
+    MembershipError,
     ServerConfigurationError,
     StudyExistsError,
     StudyNotFoundError,
 )
 from optuna_dlock.keys import FORMAT_VERSION, LockKeys, RegistryKeys, StudyKeys
-from optuna_dlock.node import Node
 from optuna_dlock.scripts import EXISTS, FOREIGN, NO_STUDY, script
 from optuna_dlock.section import Section
 
@@ -64,7 +65,7 @@ class Registry:
 
     # -- the server --------------------------------------------------------------------------------
 
-    def check_server(self, node: Node) -> None:
+    def check_server(self, node: AnyNode) -> None:
         """Refuse a server this package must not work on (G8).
 
         Raises:
@@ -72,6 +73,10 @@ class Registry:
             CorruptRecordError: If data of another format or of somebody else stands under our prefix.
             DataLostError: If it is not the data set that this object worked on before.
         """
+        if isinstance(node, Ensemble):
+            uid = node.command("HGET", self._keys.info, "uid")
+            self._check_uid(node, uid)
+            return
         policy = _eviction_policy(node)
         if policy is not None and policy != "noeviction":
             raise ServerConfigurationError(
@@ -86,6 +91,17 @@ class Registry:
                 f"this version of optuna_dlock works on format {FORMAT_VERSION}",
                 key=self._keys.info,
             )
+        members = node.command("GET", self._keys.members)
+        if members is not None:
+            listed = members.decode().removeprefix("v:").split(",")
+            raise MembershipError(
+                f"{node.address} is one of the masters {', '.join(listed)}: give their whole list as the URL",
+                address=node.address,
+                members=listed,
+            )
+        self._check_uid(node, uid)
+
+    def _check_uid(self, node: AnyNode, uid: bytes | None) -> None:
         if self._uid is not None and uid != self._uid:
             raise DataLostError(
                 f"{node.address} does not hold the studies it held before: it lost its data (a restart "
@@ -95,27 +111,30 @@ class Registry:
             )
         self._uid = uid
 
-    def _learn_uid(self, node: Node) -> None:
+    def _learn_uid(self, node: AnyNode) -> None:
         if self._uid is None:
             self._uid = node.command("HGET", self._keys.info, "uid")
 
     # -- studies -----------------------------------------------------------------------------------
 
-    def create(self, node: Node, name: str, directions: Sequence[StudyDirection]) -> int:
+    def create(self, node: AnyNode, name: str, directions: Sequence[StudyDirection]) -> int:
         """Register a study.
 
         Raises:
             StudyExistsError: If the name is taken.
             CorruptRecordError: If foreign keys stand where the study's own would.
         """
-        study_id = int(node.command("HINCRBY", self._keys.info, "last_id", 1))
+        study_id = int(node.run(script("next_study_id"), [self._keys.info]))
         keys = self.study_keys(study_id)
-        others = [key for key in keys.everything_but_trials() if key != keys.meta]
+        others = [key for key in keys.everything_but_trials() if key not in (keys.meta, keys.ballots)]
         described = json.dumps({"name": name, "directions": [d.value for d in directions]})
         reply = node.run(
             script("create_study"),
-            [self._keys.names, self._keys.studies, self._keys.info, keys.meta, *others],
-            [str(study_id), _text(name), described, FORMAT_VERSION, secrets.token_hex(8)],
+            [self._keys.names, self._keys.studies, self._keys.info, keys.meta, keys.ballots, *others],
+            [
+                *(str(study_id), _text(name), described, FORMAT_VERSION, secrets.token_hex(8)),
+                int(isinstance(node, Ensemble)),
+            ],
         )
         if reply[0] == EXISTS:
             raise StudyExistsError(
@@ -133,7 +152,7 @@ class Registry:
         self._infos[study_id] = StudyInfo(name, list(directions))
         return study_id
 
-    def delete(self, node: Node, study_id: int) -> None:
+    def delete(self, node: AnyNode, study_id: int) -> None:
         """Delete a study, and sweep away what earlier deletions left behind.
 
         Raises:
@@ -148,20 +167,21 @@ class Registry:
             )
             if reply[0] == NO_STUDY:
                 raise _not_found(study_id)
-            for swept in node.command("SMEMBERS", self._keys.trash):
-                self._sweep(node, int(swept))
+        for swept in node.command("SMEMBERS", self._keys.trash):
+            self._sweep(node, int(swept))
         self._infos.pop(study_id, None)
 
-    def _sweep(self, node: Node, study_id: int) -> None:
+    def _sweep(self, node: AnyNode, study_id: int) -> None:
         keys = self.study_keys(study_id)
-        numbers = node.command("HKEYS", keys.live)
-        for start in range(0, len(numbers), _SWEEP):
-            node.command("UNLINK", *(keys.trial(int(n)) for n in numbers[start : start + _SWEEP]))
+        trials = [keys.trial(int(number)) for number in node.command("HKEYS", keys.live)]
         fence = LockKeys(keys.lock).fence  # nothing is left for it to fence
-        node.command("UNLINK", *keys.everything_but_trials(), fence)
-        node.command("SREM", self._keys.trash, str(study_id))
+        rest = [*keys.everything_but_trials(), fence]
+        sweep = script("sweep_study")
+        for start in range(0, len(trials), _SWEEP):
+            node.run(sweep, [self._keys.trash, *trials[start : start + _SWEEP]], [str(study_id), 0])
+        node.run(sweep, [self._keys.trash, *rest], [str(study_id), 1])
 
-    def id_of(self, node: Node, name: str) -> int:
+    def id_of(self, node: AnyNode, name: str) -> int:
         """Id of the study of this name.
 
         Raises:
@@ -172,7 +192,7 @@ class Registry:
             raise StudyNotFoundError(f"no study named {name!r} on {node.address}")
         return int(study_id)
 
-    def info(self, node: Node, study_id: int) -> StudyInfo:
+    def info(self, node: AnyNode, study_id: int) -> StudyInfo:
         """Name and directions; asked for once.
 
         Raises:
@@ -181,7 +201,7 @@ class Registry:
         info = self._infos.get(study_id)
         return info if info is not None else self._fetch(node, study_id)
 
-    def _fetch(self, node: Node, study_id: int) -> StudyInfo:
+    def _fetch(self, node: AnyNode, study_id: int) -> StudyInfo:
         described = node.command("HGET", self._keys.studies, str(study_id))
         if described is None:
             raise self.gone(node, study_id)
@@ -198,7 +218,7 @@ class Registry:
                 f"key {self._keys.studies!r} holds an unreadable study: {error}", key=self._keys.studies
             ) from error
 
-    def gone(self, node: Node, study_id: int) -> DLockError:
+    def gone(self, node: AnyNode, study_id: int) -> DLockError:
         """The error for a study that a script did not find."""
         self._infos.pop(study_id, None)
         try:
@@ -207,7 +227,7 @@ class Registry:
             return error
         return _not_found(study_id)
 
-    def all(self, node: Node) -> list[tuple[int, StudyInfo, dict[str, Any], dict[str, Any]]]:
+    def all(self, node: AnyNode) -> list[tuple[int, StudyInfo, dict[str, Any], dict[str, Any]]]:
         """Every study with its user and system attributes, by id; two round trips."""
         found = _pairs(node.command("HGETALL", self._keys.studies))
         ids = sorted(int(study_id) for study_id in found)
@@ -236,7 +256,7 @@ class Registry:
 
     # -- attributes --------------------------------------------------------------------------------
 
-    def set_attr(self, node: Node, study_id: int, system: bool, key: str, value: Any) -> None:
+    def set_attr(self, node: AnyNode, study_id: int, system: bool, key: str, value: Any) -> None:
         """Set one attribute of a study."""
         keys = self.study_keys(study_id)
         section = self._section(study_id)
@@ -248,7 +268,7 @@ class Registry:
         if reply[0] == NO_STUDY:
             raise self.gone(node, study_id)
 
-    def attrs(self, node: Node, study_id: int, system: bool) -> dict[str, Any]:
+    def attrs(self, node: AnyNode, study_id: int, system: bool) -> dict[str, Any]:
         """All user or all system attributes of a study."""
         keys = self.study_keys(study_id)
         attrs = keys.system_attrs if system else keys.user_attrs
@@ -278,7 +298,7 @@ def _read_attrs(flat: Sequence[bytes], key: str) -> dict[str, Any]:
     }
 
 
-def _eviction_policy(node: Node) -> str | None:
+def _eviction_policy(node: AnyNode) -> str | None:
     try:
         text = node.command("INFO", "memory")
     except DLockError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, concerns_unfinished, trial_id_of
+from optuna_dlock.ensemble import AnyNode
 from optuna_dlock.errors import (
     CorruptRecordError,
     DataLostError,
@@ -20,7 +21,7 @@ from optuna_dlock.errors import (
 )
 from optuna_dlock.keys import StudyKeys
 from optuna_dlock.live_trial import LiveTrial
-from optuna_dlock.node import Argument, Node
+from optuna_dlock.node import Argument
 from optuna_dlock.scripts import NO_STUDY, NO_TRIAL, OK, script
 
 CHUNK = 1000  # finished trials read by one script call
@@ -37,7 +38,7 @@ class TrialReader:
 
     def __init__(
         self,
-        node: Node,
+        node: AnyNode,
         keys: StudyKeys,
         cache: StudyCache,
         client: str,

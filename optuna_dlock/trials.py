@@ -17,13 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_dlock.cache import StudyCache, trial_id_of
 from optuna_dlock.codec import dump_json, pack_param, pack_running, pack_trial, pack_value, with_more
 from optuna_dlock.distributions import kind_of, lookup_key, to_text
+from optuna_dlock.ensemble import AnyNode
 from optuna_dlock.errors import (
     DLockError,
     IncompatibleDistributionError,
 )
 from optuna_dlock.keys import StudyKeys
 from optuna_dlock.live_trial import PARAM, STEP, SYSTEM_ATTR, USER_ATTR, LiveTrial
-from optuna_dlock.node import Node, Post, pack_head
+from optuna_dlock.node import Post
 from optuna_dlock.scripts import BEHIND, FINISHED, INCOMPATIBLE, NO_STUDY, NO_TRIAL, NOT_WAITING, OK, script
 from optuna_dlock.section import Section
 from optuna_dlock.trial_reads import TrialReader
@@ -43,7 +44,7 @@ class StudyTrials(TrialReader):
 
     def __init__(
         self,
-        node: Node,
+        node: AnyNode,
         keys: StudyKeys,
         cache: StudyCache,
         client: str,
@@ -158,9 +159,9 @@ class StudyTrials(TrialReader):
                 return self._refetch(trial.number)
         return trial
 
-    def _make_head(self, trial: LiveTrial) -> bytes:
+    def _make_head(self, trial: LiveTrial) -> Any:
         keys, number = self._keys, trial.number
-        trial.head = pack_head(
+        trial.head = self._node.make_head(
             self._set_field,
             (keys.trial(number), keys.log, keys.meta, keys.live),
             (number, self._client),

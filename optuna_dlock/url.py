@@ -102,6 +102,20 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
     return Location(redis_url, None, prefix, address)
 
 
+def split_url(url: str) -> list[str]:
+    """The URL of each master, of a URL that names several: `keydb://m1:6373,m2:6374/0`.
+
+    User, password, database and options hold for all. Hosts are separated by commas after the last "@".
+    """
+    scheme, colon, rest = url.partition("://")
+    if not colon or scheme.lower() not in _TCP_SCHEMES:
+        return [url]
+    netloc = rest.partition("/")[0].partition("?")[0]
+    tail = rest[len(netloc) :]
+    user, at, hosts = netloc.rpartition("@")
+    return [f"{scheme}://{user}{at}{host}{tail}" for host in hosts.split(",")]
+
+
 def _embedded(rest: str, prefix: str | None) -> Location:
     url = "embedded:" + rest
     path, _, query = rest.partition("?")
@@ -164,11 +178,6 @@ def _checked_prefix(prefix: str | None, url: str) -> str:
 
 
 def _tcp_address(parts: SplitResult, url: str) -> str:
-    user, _, hosts = parts.netloc.partition("@")  # at the first one: a@one,b@two are two masters
-    if "," in (hosts or user):
-        raise InvalidURLError(
-            f"{_shown(url)!r} names several masters; this version works on one server", url=_shown(url)
-        )
     try:
         host, port = parts.hostname, parts.port
     except ValueError:

@@ -22,7 +22,7 @@ from optuna_dlock.errors import (
     ServerConfigurationError,
     StorageUnavailableError,
 )
-from optuna_dlock.node import Node, Post, connection_factory, pack_head
+from optuna_dlock.node import Node, Post, connection_factory
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import Script
 from tests.proxy import CuttingProxy

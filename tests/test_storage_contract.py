@@ -17,6 +17,7 @@ import redis
 from optuna.storages import BaseStorage
 
 from optuna_dlock import RedisLockedStorage
+from tests.masters import Masters
 from tests.servers import FLAVOURS, Server, find_binary, free_port
 
 _HAS_CASE = importlib.util.find_spec("optuna.testing.pytest_storages") is not None
@@ -40,6 +41,23 @@ class TestOnServer(StorageTestCase):
     @pytest.fixture
     def storage(self, url: str) -> RedisLockedStorage:
         return RedisLockedStorage(url)
+
+
+@pytest.fixture(scope="module", params=[("valkey", 2), ("valkey", 3), ("replicated", 3), ("keydb", 2)], ids=str)
+def masters(request: pytest.FixtureRequest) -> Iterator[Masters]:
+    """Several masters, plain ones and such as replicate among each other."""
+    kind, n = request.param
+    with Masters(kind, n) as masters:
+        yield masters
+
+
+class TestOnSeveralMasters(StorageTestCase):
+    """A URL that names several masters."""
+
+    @pytest.fixture
+    def storage(self, masters: Masters) -> Iterator[RedisLockedStorage]:
+        with RedisLockedStorage(f"{masters.url}?prefix=m{next(_numbers)}") as storage:
+            yield storage
 
 
 class TestWaitingForEachWrite(StorageTestCase):

@@ -1,0 +1,811 @@
+"""Several masters behind the face of one node: fenced critical sections, majority reads, deferred writes.
+
+Every master runs the same sections of an object (a study, or the registry) in the same order. Ballots decide who
+may run the next one, after which (CASPaxos: Rystsov, "CASPaxos: Replicated State Machines without logs", 2018);
+leases only keep contenders apart. `optuna_dlock/README.md` tells the protocol.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import secrets
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from optuna_dlock.channel import Connection, RefusalError
+from optuna_dlock.errors import (
+    AccessDeniedError,
+    CorruptRecordError,
+    DLockError,
+    QuorumError,
+    ServerConfigurationError,
+)
+from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of
+from optuna_dlock.master import Master, Request
+from optuna_dlock.node import Argument, Node, Post, forget_in_children
+from optuna_dlock.quorum import FIRST_BALLOT, Ballots, State, decided, majority, needed_for_rebuild
+from optuna_dlock.repair import Copy, Repairs, revive
+from optuna_dlock.retry import Backoff
+from optuna_dlock.scripts import (
+    GAP,
+    HINTS,
+    LEASED,
+    NO_DATA,
+    NO_STUDY,
+    OK,
+    READS,
+    STALE_BALLOT,
+    Script,
+    masters_script,
+    wrapped,
+)
+
+_logger = logging.getLogger(__name__)
+
+_TTL_MS = 2000  # of a section's lease: how long a holder that died keeps others waiting
+_GRACE = 0.02  # seconds that a read waits for the last masters before it asks again
+_REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
+_READ_COMMANDS = frozenset(("GET", "HGET", "HGETALL", "HKEYS", "HMGET", "SMEMBERS"))
+
+
+class _Object:
+    """What this process knows of one replicated object.
+
+    Attributes:
+        ballot: Ours, as long as nobody was seen to have a higher one: then no acquire is needed.
+        base: Sequence number and identity of the last section.
+        highest: The highest ballot that a master has told.
+    """
+
+    __slots__ = ("ballot", "ballots_key", "base", "highest", "name", "sections_key")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ballots_key = name + "ballots"
+        self.sections_key = name + "sections"
+        self.ballot: str | None = None
+        self.base = (0, "")
+        self.highest = FIRST_BALLOT
+
+
+class Head:
+    """The unchanging first part of a Post: three more arguments follow."""
+
+    __slots__ = ("args", "keys", "script")
+
+    def __init__(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> None:
+        self.script, self.keys, self.args = script, tuple(keys), tuple(args)
+
+
+class Ensemble:
+    """N masters, as one process sees them; the methods that it shares with `Node` mean the same.
+
+    Args:
+        servers: Address and connection factory of each master.
+        prefix: Key space.
+        timeout: Seconds for which a call goes on trying while no majority answers.
+        on_fork: Called in a forked child, so that the owner forgets what belongs to the parent.
+        clock: Of the ballots, in seconds since the epoch; nothing depends on its being right.
+        repair: Whether masters that are behind are brought up to date in the background.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[tuple[str, Callable[[], Connection]]],
+        prefix: str,
+        timeout: float,
+        on_fork: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.time,
+        repair: bool = True,
+    ) -> None:
+        members = [address for address, _ in servers]
+        self.prefix = prefix
+        self.address = ",".join(members)
+        self.timeout = timeout
+        self.lock = threading.RLock()
+        self.waits = 0
+        self.members = members
+        self.masters = [
+            Master(index, address, factory, prefix, members)
+            for index, (address, factory) in enumerate(servers)
+        ]
+        self.q = majority(len(self.masters))
+        self.keys = RegistryKeys(prefix)
+        self._on_fork = on_fork
+        self._clock = clock
+        self._servers = list(servers)
+        self._poll = select.poll()
+        self._repairing = repair
+        self._start_anew()
+        forget_in_children(self)
+
+    def _start_anew(self) -> None:
+        self.ballots = Ballots(self._clock)
+        self._client = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
+        self._sequence = 0
+        self._objects: dict[str, _Object] = {}
+        self._outstanding: deque[tuple[Post, _Object, Request]] = deque()
+        self._greeted = False
+        self._repairs = Repairs(self._make_repairer) if self._repairing else None
+
+    def _make_repairer(self) -> Ensemble:
+        return Ensemble(self._servers, self.prefix, self.timeout, clock=self._clock, repair=False)
+
+    def forget(self) -> None:
+        """In a forked child: leave the parent's connections and writes to the parent."""
+        self.lock = threading.RLock()
+        for master in self.masters:
+            master.forget()
+        self._start_anew()
+        if self._on_fork is not None:
+            self._on_fork()
+
+    def close(self) -> None:
+        """Close the connections; the next call opens others."""
+        with self.lock:
+            for master in self.masters:
+                master.drop(ConnectionError("closed"))
+        if self._repairs is not None:
+            self._repairs.stop()
+
+    # -- the face of a node ----------------------------------------------------------------------
+
+    def next_sequence(self) -> int:
+        """A number that rises with every operation of this client; the masters refuse repeats by it."""
+        self._sequence += 1
+        return self._sequence
+
+    def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument] = ()) -> Any:
+        """Run a script: as a section, as a majority read or as a hint, as its name says.
+
+        Raises:
+            QuorumError: If no majority of the masters answers within `timeout`.
+            AccessDeniedError, ServerConfigurationError, CorruptRecordError: What retrying cannot mend.
+        """
+        with self.lock:
+            self.waits += 1
+            self._greet()
+            if script.name in READS:
+                return self._read(script.name, keys, args)
+            if script.name in HINTS:
+                return self._hint(script.name, keys, args)
+            return self._section(script.name, keys, args)
+
+    def run_many(
+        self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]
+    ) -> list[Any]:
+        """Run one reading script several times; the replies in order."""
+        with self.lock:
+            self.waits += 1
+            self._greet()
+            return self._read_many(script.name, calls)
+
+    def command(self, *args: Argument) -> Any:
+        """A plain command that reads one key; PING makes sure that a majority is there."""
+        name = str(args[0])
+        with self.lock:
+            self.waits += 1
+            self._greet()
+            if name == "PING":
+                return b"PONG"
+            if name not in _READ_COMMANDS:
+                raise ValueError(f"{name} is no command for several masters")
+            return self._read("read_key", [str(args[1])], [name, *args[2:]])
+
+    def make_head(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Head:
+        """The unchanging first part of a Post."""
+        return Head(script, keys, args)
+
+    def post(self, post: Post) -> None:
+        """Send a write to all masters at once, and read the replies with the next call that waits.
+
+        Where somebody else may have run the last section of the object, it is not sent before that is known:
+        then it waits.
+        """
+        with self.lock:
+            head = post.head
+            obj = self._object(head.keys[0])
+            args = (*head.args, post.field, post.value, post.sequence)
+            if obj.ballot is None or not self._greeted:
+                self._settle(post, self.run(head.script, head.keys, args))
+                return
+            request = self._send_section(obj, obj.ballot, head.script.name, head.keys, args)
+            self._outstanding.append((post, obj, request))
+            if len(self._outstanding) > 500:
+                self.collect()
+
+    def collect(self) -> None:
+        """Wait until all posts are with a majority; those that were refused are run again, in order."""
+        with self.lock:
+            if not self._outstanding:
+                return
+            self.waits += 1
+            self._collect()
+
+    @property
+    def outstanding(self) -> int:
+        """Number of posts of which nobody has looked yet whether a majority has them."""
+        return len(self._outstanding)
+
+    def _collect(self) -> bool:
+        """Take the replies of all posts; whether some had to be run again."""
+        again = False
+        while self._outstanding:
+            post, obj, request = self._outstanding[0]
+            if not again:
+                self._wait(request, lambda r=request: self._accepted(r) or self._is_refused(r))  # type: ignore[misc]
+            if not again and self._accepted(request):
+                reply = self._section_reply(request)
+            else:
+                # Refused, or lost: this one and all that were sent after it, as they build on it.
+                again, obj.ballot = True, None
+                head = post.head
+                args = (*head.args, post.field, post.value, post.sequence)
+                reply = self._section(head.script.name, head.keys, args, collect=False)
+            self._outstanding.popleft()
+            self._settle(post, reply)
+        return again
+
+    @staticmethod
+    def _settle(post: Post, reply: Any) -> None:
+        if reply != post.expected:
+            post.settle(post.subject, reply)
+
+    # -- sections --------------------------------------------------------------------------------
+
+    def _object(self, key: str) -> _Object:
+        name = object_of(key)
+        found = self._objects.get(name)
+        if found is None:
+            found = self._objects[name] = _Object(name)
+        return found
+
+    def _section(self, name: str, keys: Sequence[str], args: Sequence[Argument], collect: bool = True) -> Any:
+        """Run a critical section, on a majority at least; its reply."""
+        obj = self._object(keys[0])
+        trying = self._trying(longest=0.02, first=0.0005)
+        while True:
+            if obj.ballot is not None:
+                request = self._send_section(obj, obj.ballot, name, keys, args)
+                if collect and self._outstanding:
+                    self._collect()  # what was sent before is on the wires before
+                self._wait(request, lambda r=request: self._accepted(r) or self._is_refused(r))  # type: ignore[misc]
+                if self._accepted(request):
+                    self._note_behind(obj, request)
+                    return self._section_reply(request)
+                obj.ballot = None
+                self._learn(obj, request)
+                self._raise_refusals(request, keys)
+            elif collect and self._outstanding:
+                self._collect()
+                continue
+            if not self._acquire(obj):
+                if self._is_unknown(obj):
+                    return [NO_STUDY]
+                next(trying)
+
+    def _send_section(
+        self, obj: _Object, ballot: str, name: str, keys: Sequence[str], args: Sequence[Argument]
+    ) -> Request:
+        """Send a section to all masters; from here on the next one builds on it."""
+        seq, last = obj.base
+        new = f"{self._client}.{next(self._numbers)}"
+        request, script = Request(), wrapped("fenced", name)
+        for master in self.masters:
+            master.send_script(
+                script,
+                (*keys, obj.ballots_key, obj.sections_key),
+                (*args, ballot, seq, last, new, len(master.key_prefix), name),
+                request,
+            )
+        obj.base = seq + 1, new
+        return request
+
+    def _accepted(self, request: Request) -> bool:
+        return self._count(request, OK) >= self.q
+
+    @staticmethod
+    def _count(request: Request, code: int) -> int:
+        return sum(isinstance(r, list) and r[0] == code for r in request.replies.values())
+
+    def _is_refused(self, request: Request) -> bool:
+        """Whether no majority can accept it any more."""
+        refused = len(request.replies) - self._count(request, OK)
+        return len(self.masters) - refused - len(request.lost) < self.q
+
+    @staticmethod
+    def _section_reply(request: Request) -> Any:
+        return next(r[1] for r in request.replies.values() if isinstance(r, list) and r[0] == OK)
+
+    def _learn(self, obj: _Object, request: Request) -> None:
+        """Note the ballots that masters have told."""
+        for reply in request.replies.values():
+            if isinstance(reply, list) and reply[0] in (STALE_BALLOT, LEASED):
+                obj.highest = max(obj.highest, reply[1].decode())
+
+    def _acquire(self, obj: _Object) -> bool:
+        """Get the promises of a majority, and bring enough of it to the latest state any of it has."""
+        ballot = self.ballots.next(obj.highest)
+        request, script = Request(), masters_script("acquire_ballot")
+        for master in self.masters:
+            master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
+        self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
+        if self._accepted(request):
+            self._wait(request, lambda: self._all_answered(request), 0.0005)
+        self._learn(obj, request)
+        self._raise_refusals(request, [obj.ballots_key])
+        self._note_behind(obj, request)
+        if not self._accepted(request):
+            self._release(obj, ballot, request)
+            return False
+        states = {
+            index: State.of(*reply[1:])
+            for index, reply in request.replies.items()
+            if isinstance(reply, list) and reply[0] == OK
+        }
+        best_index, best = max(states.items(), key=lambda item: item[1].order)
+        at_best = {index for index, state in states.items() if state.base == best.base}
+        behind = {index: state for index, state in states.items() if index not in at_best}
+        if behind:
+            at_best |= self._replay(obj, ballot, best_index, best, behind)
+        if len(at_best) < self.q:
+            for index in behind.keys() - at_best:
+                if self.install(obj.name, ballot, best_index, index):
+                    at_best.add(index)
+        if len(at_best) < self.q:
+            self._release(obj, ballot, request)
+            return False
+        obj.ballot, obj.base = ballot, best.base
+        return True
+
+    def _release(self, obj: _Object, ballot: str, request: Request) -> None:
+        """Give back what was granted: nobody waits for the reply."""
+        script = masters_script("release_ballot")
+        for index, reply in request.replies.items():
+            if isinstance(reply, list) and reply[0] == OK:
+                self.masters[index].send_script(script, [obj.ballots_key], [ballot], Request())
+
+    def _replay(
+        self, obj: _Object, ballot: str, source: int, best: State, behind: dict[int, State]
+    ) -> set[int]:
+        """Run the sections that masters missed on them, under our ballot; the masters that have caught up."""
+        first = min(state.seq for state in behind.values())
+        if best.seq - first > _REPLAYED:
+            return set()
+        found = self._ask(source, "read_key", [obj.sections_key], ["LRANGE", first - best.seq, -1], obj)
+        if found is None or State.of(*found[1:4]).base != best.base:
+            return set()
+        entries = [_entry(raw) for raw in found[4]]
+        requests: dict[int, Request] = {}
+        for index, state in behind.items():
+            missed = [entry for entry in entries if int(entry[0]) >= state.seq]
+            if not missed or (int(missed[0][0]), missed[0][1].decode()) != state.base:
+                continue  # it has run something that lost: it needs a copy
+            master = self.masters[index]
+            for seq, last, new, name, n_keys, *words in missed:
+                n = int(n_keys)
+                keys = [self.prefix + word.decode() for word in words[:n]]
+                request = requests[index] = Request()
+                master.send_script(
+                    wrapped("fenced", name.decode()),
+                    (*keys, obj.ballots_key, obj.sections_key),
+                    (*words[n:], ballot, seq, last, new, len(master.key_prefix), name),
+                    request,
+                )
+        for index, request in requests.items():
+            self._wait(request, lambda r=request, i=index: i in r.replies or i in r.lost, 1.0)  # type: ignore[misc]
+        return {index for index, request in requests.items() if self._count(request, OK)}
+
+    def _note_behind(self, obj: _Object, request: Request) -> None:
+        """Have masters that were seen without data, or elsewhere than the majority, looked after."""
+        if self._repairs is None:
+            return
+        for index, reply in request.replies.items():
+            if isinstance(reply, list) and reply[0] == NO_DATA:
+                self._repairs.ask_for(index)
+            elif isinstance(reply, list) and reply[0] == GAP:
+                obj.ballot = None  # the next acquire replays what it missed
+
+    # -- reads -----------------------------------------------------------------------------------
+
+    def _read(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        return self._read_many(name, [(keys, args)])[0]
+
+    def _read_many(self, name: str, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
+        if not calls:
+            return []
+        obj = self._object(calls[0][0][0])
+        trying: Iterator[int] | None = None
+        tries = 0
+        while True:
+            requests = [self._send_read(name, keys, args) for keys, args in calls]
+            if self._outstanding and self._collect():
+                continue  # some write was run again after we asked
+            last = requests[-1]
+            self._wait(last, lambda r=last: self._decided(r) is not None or self._is_over(r))  # type: ignore[misc]
+            if self._decided(last) is None:
+                self._wait(last, lambda r=last: self._all_answered(r), _GRACE)  # type: ignore[misc]
+            for request in requests:
+                self._raise_refusals(request, calls[0][0])
+                self._note_behind(obj, request)
+            indexes = [self._decided(request) for request in requests]
+            if None not in indexes:
+                if name == "get_stale_trials":
+                    return [_stale_on_all(request) for request in requests]
+                return [r.replies[i][4] for r, i in zip(requests, indexes, strict=True) if i is not None]
+            if any(self._count(r, NO_DATA) > len(self.masters) - self.q for r in requests):
+                if self._is_unknown(obj):
+                    return [[NO_STUDY] for _ in calls]
+            tries += 1
+            self.waits += 1
+            if tries % 4 == 0 and all(self._count(r, OK) >= self.q for r in requests):
+                self._section("confirm_state", [obj.ballots_key], [], collect=False)
+                continue
+            trying = trying or self._trying(longest=0.05, first=0.0005)
+            next(trying)
+
+    def _all_answered(self, request: Request) -> bool:
+        return len(request.replies) + len(request.lost) == len(self.masters)
+
+    def _is_over(self, request: Request) -> bool:
+        """Whether all that answer at all have answered, or a majority has and the rest may be slow."""
+        return self._all_answered(request) or len(request.replies) >= self.q
+
+    def _send_read(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Request:
+        request, script = Request(), wrapped("versioned", name)
+        all_keys = (*keys, object_of(keys[0]) + "ballots")
+        for master in self.masters:
+            master.send_script(script, all_keys, args, request)
+        return request
+
+    def _decided(self, request: Request) -> int | None:
+        states = {
+            index: State.of(*reply[1:4])
+            for index, reply in request.replies.items()
+            if isinstance(reply, list) and reply[0] == OK
+        }
+        return decided(states, len(self.masters))
+
+    def _hint(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        """Tell all masters something that no decision depends on."""
+        trying = self._trying()
+        while True:
+            request, script = Request(), wrapped("present", name)
+            all_keys = (*keys, object_of(keys[0]) + "ballots")
+            for master in self.masters:
+                master.send_script(script, all_keys, args, request)
+            self._wait(request, lambda r=request: self._accepted(r) or self._is_refused(r))  # type: ignore[misc]
+            if self._accepted(request):
+                return self._section_reply(request)
+            next(trying)
+
+    def _ask(self, index: int, name: str, keys: Sequence[str], args: Sequence[Argument], obj: _Object) -> Any:
+        """A read of one master's own state; None if it does not answer."""
+        request = Request()
+        self.masters[index].send_script(wrapped("versioned", name), (*keys, obj.ballots_key), args, request)
+        self._wait(request, lambda: index in request.replies or index in request.lost, 2.0)
+        reply = request.replies.get(index)
+        return reply if isinstance(reply, list) and reply[0] == OK else None
+
+    # -- waiting ---------------------------------------------------------------------------------
+
+    def _wait(self, request: Request, done: Callable[[], bool], limit: float = 10.0) -> bool:
+        """Take replies as they come, until it is done or for so many seconds."""
+        deadline = 0.0
+        while not done():
+            now = time.monotonic()
+            if not deadline:
+                deadline = now + limit
+            elif now >= deadline:
+                return False
+            self._receive(min(deadline - now, 0.25))
+        return True
+
+    def _receive(self, seconds: float) -> None:
+        """Wait for replies, and take them; connections that were lost are made again meanwhile."""
+        poll, by_file = select.poll(), {}
+        waiting = False
+        for master in self.masters:
+            master.tend()
+            if master.connected:
+                file = master.fileno()
+                by_file[file] = master
+                poll.register(file, select.POLLIN)
+            else:
+                waiting = True
+        if waiting:
+            seconds = min(seconds, 0.005)
+        if not by_file:
+            time.sleep(seconds)
+            return
+        for file, _ in poll.poll(max(seconds * 1000, 0.1)):
+            by_file[file].receive()
+
+    def _trying(self, longest: float = 0.1, first: float = 0.002) -> Iterator[int]:
+        """Pauses between tries; raises when the time is over."""
+        waiting = Backoff(self.timeout, first=first, longest=longest)
+        for number in itertools.count():
+            for master in self.masters:
+                master.tend()
+            self._raise_fatal()
+            if not waiting.wait():
+                raise self._quorum_error()
+            yield number
+
+    def _quorum_error(self) -> QuorumError:
+        nodes = {
+            m.address: "connected"
+            if m.connected
+            else f"{type(m.problem).__name__}: {m.problem}"
+            if m.problem
+            else "not reached yet"
+            for m in self.masters
+        }
+        answered = sum(m.connected for m in self.masters)
+        what = "; ".join(f"{address}: {text}" for address, text in nodes.items())
+        return QuorumError(
+            f"{answered} of {len(nodes)} masters can be used and {self.q} are needed; none were for "
+            f"{self.timeout:g} s ({what})",
+            address=self.address,
+            timeout=self.timeout,
+            needed=self.q,
+            answered=answered,
+            nodes=nodes,
+        )
+
+    def _raise_fatal(self) -> None:
+        fatal = [m.fatal for m in self.masters if m.fatal is not None]
+        for error in fatal:
+            if isinstance(error, ServerConfigurationError):
+                raise error
+        if len(fatal) > len(self.masters) - self.q:
+            raise fatal[0]
+
+    def _raise_refusals(self, request: Request, keys: Sequence[str]) -> None:
+        """Raise what so many masters say that no majority is left to say otherwise."""
+        errors = {i: r for i, r in request.replies.items() if isinstance(r, RefusalError)}
+        if len(errors) <= len(self.masters) - self.q:
+            return
+        index, error = next(iter(errors.items()))
+        address, code = self.masters[index].address, error.code
+        if code in ("WRONGPASS", "NOAUTH", "NOPERM"):
+            raise AccessDeniedError(f"{address} refused access: {error}", address=address)
+        if code in ("OOM", "MISCONF"):
+            raise ServerConfigurationError(
+                f"{address} takes no writes: {error}; raise its maxmemory, or see that it can save its data",
+                address=address,
+            )
+        if "WRONGTYPE" in str(error):
+            raise CorruptRecordError(
+                f"one of the keys {', '.join(keys)} on {address} is of another type: somebody else's data stands "
+                "under our prefix; choose another one with ?prefix=NAME",
+                key=keys[0],
+            )
+        if code == "ERR":
+            raise DLockError(f"{address}: {error}")
+
+    # -- the ensemble itself -----------------------------------------------------------------------
+
+    def _greet(self) -> None:
+        """The first time: see that a majority is there and has data, or let a new ensemble begin."""
+        if self._greeted:
+            return
+        registry = self._object(self.keys.ballots)
+        trying = self._trying()
+        while True:
+            if all(m.connected or m.problem is not None for m in self.masters):
+                self._check_names()
+                request = self._send_read("read_key", [self.keys.info], ["HLEN"])
+                self._wait(request, lambda r=request: self._all_answered(r), 1.0)  # type: ignore[misc]
+                if self._count(request, OK) >= self.q:
+                    break
+                if self._count(request, NO_DATA) > len(self.masters) - self.q:
+                    self._recover(registry, request)
+                    continue
+            self._receive(0.005)
+            if self._time_to_count():
+                next(trying)
+        self._greeted = True
+        if len(self.masters) % 2 == 0:
+            _warn_once(self.members)
+
+    def _time_to_count(self) -> bool:
+        return not any(m.connecting for m in self.masters) or random.random() < 0.2
+
+    def _check_names(self) -> None:
+        runs: dict[str, str] = {}
+        for master in self.masters:
+            if master.connected and master.run in runs:
+                raise ServerConfigurationError(
+                    f"{runs[master.run]} and {master.address} are the same server: list every master once",
+                    address=master.address,
+                )
+            runs[master.run] = master.address
+
+    def _is_unknown(self, obj: _Object) -> bool:
+        """Whether a majority lacks the object since there is no such study; where it is lost, it is recovered."""
+        request = self._send_read("read_key", [obj.ballots_key], ["HLEN"])
+        self._wait(request, lambda: self._all_answered(request), 1.0)
+        if self._count(request, NO_DATA) <= len(self.masters) - self.q:
+            return False
+        if obj.name != object_of(self.keys.ballots):
+            study_id = obj.name[obj.name.rindex("{") + 1 : -2]
+            if self._read("read_key", [self.keys.studies], ["HGET", study_id]) is None:
+                return True
+        self._recover(obj, request)
+        return False
+
+    def _recover(self, obj: _Object, request: Request) -> None:
+        """A majority has no data of an object: let the registry begin, or take what an earlier run has left."""
+        without = [i for i, r in request.replies.items() if isinstance(r, list) and r[0] == NO_DATA]
+        with_data = [r for r in request.replies.values() if isinstance(r, list) and r[0] == OK]
+        others = len(with_data)
+        if obj.name == object_of(self.keys.ballots) and not any(m.earlier_run for m in self.masters):
+            # Whoever began it before may have died on the way.
+            begun = [r for r in with_data if int(r[2]) == 0]
+            if len(begun) + len(without) == len(self.masters):
+                self._found()
+                return
+        if others >= needed_for_rebuild(len(self.masters)):
+            for index in without:
+                self.rebuild(obj.name, index)
+            return
+        revivable = [index for index in without if self.masters[index].earlier_run]
+        if revivable:
+            if len(revivable) + others >= self.q:
+                for index in revivable:
+                    self.revive(index)
+
+    def _found(self) -> None:
+        """Begin a new ensemble, with all masters; nothing was there before."""
+        listed = "v:" + ",".join(self.members)
+        for master in self.masters:
+            request = Request()
+            master.send_plain(("SET", self.keys.members, listed, "NX"), request)
+            master.send_plain(("GET", self.keys.members), request)
+            self._wait(request, lambda r=request, m=master: m.index in r.lost or not m.owes, 2.0)  # type: ignore[misc]
+            reply = request.replies.get(master.index)
+            if not isinstance(reply, bytes):
+                return
+            master.check_members(reply)
+        request, script = Request(), masters_script("found_object")
+        for master in self.masters:
+            master.send_script(script, [self.keys.ballots], [], request)
+            self._note_run(master)
+        self._wait(request, lambda: self._all_answered(request), 2.0)
+
+    def _note_run(self, master: Master) -> None:
+        """Remember, on the master, in which run it has data."""
+        master.send_plain(("HSET", master.run_key, master.run, int(time.time() * 1e6)), Request())
+
+    # -- copies ----------------------------------------------------------------------------------
+
+    def rebuild(self, name: str, target: int) -> bool:
+        """Give a master that has forgotten an object a copy, after which it votes again."""
+        with self.lock:
+            obj = self._object(name + "ballots")
+            ballot = self.ballots.next(obj.highest)
+            request, script = Request(), masters_script("acquire_ballot")
+            for master in self.masters:
+                if master.index != target:
+                    master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
+            self._wait(
+                request, lambda: len(request.replies) + len(request.lost) >= len(self.masters) - 1, 2.0
+            )
+            self._learn(obj, request)
+            states = {
+                i: State.of(*r[1:]) for i, r in request.replies.items() if isinstance(r, list) and r[0] == OK
+            }
+            if len(states) < needed_for_rebuild(len(self.masters)):
+                self._release(obj, ballot, request)
+                return False
+            source, best = max(states.items(), key=lambda item: item[1].order)
+            if not self.install(name, ballot, source, target):
+                self._release(obj, ballot, request)
+                return False
+            obj.ballot, obj.base = ballot, best.base
+            confirmed = self._send_section(obj, ballot, "confirm_state", [obj.ballots_key], [])
+            self._wait(confirmed, lambda: self._accepted(confirmed) or self._is_refused(confirmed))
+            if not self._accepted(confirmed):
+                obj.ballot = None
+            return self._accepted(confirmed)
+
+    def install(self, name: str, ballot: str, source: int, target: int) -> bool:
+        """Copy an object from one master to another, under a ballot that the source has promised."""
+        return Copy(self, name, ballot, source, target).run()
+
+    def revive(self, index: int) -> None:
+        """Let a master go on with the data of its earlier run: all went down, and nothing else is left."""
+        revive(self, self.masters[index])
+
+    def repair(self, index: int) -> bool:
+        """Give a master that restarted everything that the others have; whether it has it all."""
+        with self.lock:
+            self._greet()
+            registry = object_of(self.keys.ballots)
+            names = [registry]
+            names += [
+                object_of(StudyKeys(self.prefix, int(study_id)).ballots)
+                for study_id in self._read("read_key", [self.keys.studies], ["HKEYS"])
+            ]
+            master = self.masters[index]
+            if not master.connected:
+                return False
+            whole = True
+            for name in names:
+                lacks = self._ask_raw(index, name)
+                if lacks and not self.rebuild(name, index):
+                    whole = False
+            if whole:
+                master.send_plain(("SET", self.keys.members, "v:" + ",".join(self.members), "NX"), Request())
+                self._note_run(master)
+                self._receive(0.01)
+            return whole
+
+    def _ask_raw(self, index: int, name: str) -> bool:
+        """Whether a master has no data of an object."""
+        request = Request()
+        key = name + "ballots"
+        self.masters[index].send_script(wrapped("versioned", "read_key"), [key, key], ["HLEN"], request)
+        return bool(self.reply_of(self.masters[index], request, 2.0)[0] == NO_DATA)
+
+    def reply_of(self, master: Master, request: Request, limit: float) -> Any:
+        """The reply of one master.
+
+        Raises:
+            ConnectionError: If it does not come, or is a refusal.
+        """
+        self._wait(request, lambda: master.index in request.replies or master.index in request.lost, limit)
+        reply = request.replies.get(master.index)
+        if reply is None or isinstance(reply, RefusalError):
+            raise ConnectionError(f"{master.address} does not answer: {reply}")
+        return reply
+
+    def keys_of(self, name: str) -> RegistryKeys | StudyKeys:
+        """The key names of an object."""
+        text = name[name.rindex("{") + 1 : -2]
+        return StudyKeys(self.prefix, int(text)) if text.isdecimal() else self.keys
+
+
+def _entry(raw: bytes) -> list[bytes]:
+    """The words of an entry of the list of sections: length:word, one after the other (see _fenced.lua)."""
+    words, at = [], 0
+    while at < len(raw):
+        colon = raw.index(b":", at)
+        end = colon + 1 + int(raw[at:colon])
+        words.append(raw[colon + 1 : end])
+        at = end
+    return words
+
+
+def _stale_on_all(request: Request) -> Any:
+    """A trial is stale only if every master that answered says so: one that was away missed heartbeats."""
+    replies = [r[4] for r in request.replies.values() if isinstance(r, list) and r[0] == OK]
+    codes = [reply for reply in replies if reply[0] != OK]
+    if codes:
+        return codes[0]
+    stale = set(replies[0][1]).intersection(*(reply[1] for reply in replies[1:]))
+    return [OK, [number for number in replies[0][1] if number in stale]]
+
+
+AnyNode = Node | Ensemble  # one master or several, behind the same face
+
+
+_warned: set[tuple[str, ...]] = set()
+
+
+def _warn_once(members: Sequence[str]) -> None:
+    if tuple(members) not in _warned:
+        _warned.add(tuple(members))
+        _logger.warning(
+            "%d masters work, but stop when half of them are down: an odd number survives more (%s)",
+            len(members),
+            ", ".join(members),
+        )

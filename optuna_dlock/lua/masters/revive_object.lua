@@ -1,0 +1,17 @@
+-- revive_object: let this run of a master go on with an object of an earlier run of it.
+-- KEYS[1..n] ballots (hash) and all other keys of the object, as the earlier run named them
+-- KEYS[n+1..2n] the same, as this run names them
+-- ARGV[1] name of the object, for people who read the server's log of commands
+-- Returns {0, 1} | {0, 0} there is nothing, or it was done before
+-- Retry-safe: what was moved stays.
+local n = #KEYS / 2
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('EXISTS', KEYS[n + 1]) == 1 then
+  return {0, 0}
+end
+for i = n, 1, -1 do
+  if redis.call('EXISTS', KEYS[i]) == 1 then
+    redis.call('RENAME', KEYS[i], KEYS[n + i])
+  end
+end
+redis.call('HSET', KEYS[n + 1], 'l', 0)
+return {0, 1}

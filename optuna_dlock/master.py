@@ -1,0 +1,297 @@
+"""One of several masters: a connection that is made in the background, and requests whose replies come when they come.
+
+Nothing here waits: a master that is slow, paused or away does not hold up the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import redis.exceptions as redis_errors
+
+from optuna_dlock.channel import Connection, RefusalError, SocketChannel, open_channel, refusal
+from optuna_dlock.errors import AccessDeniedError, DLockError, MembershipError, ServerConfigurationError
+from optuna_dlock.keys import RegistryKeys, on_master, run_key
+from optuna_dlock.node import Argument, pack_command
+from optuna_dlock.scripts import Script, all_masters_scripts
+
+_logger = logging.getLogger(__name__)
+_PATIENCE = 3.0  # seconds for which one reply may be outstanding before the connection counts as lost
+_MOST_OWED = 2000  # replies
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between two attempts to connect
+_LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
+_DENIED = ("WRONGPASS", "NOAUTH", "NOPERM")
+
+
+class Request:
+    """One question to several masters.
+
+    Attributes:
+        replies: By master, as far as they have come; a RefusalError for an error reply.
+        lost: Masters that will not answer this any more.
+    """
+
+    __slots__ = ("lost", "replies")
+
+    def __init__(self) -> None:
+        self.replies: dict[int, Any] = {}
+        self.lost: set[int] = set()
+
+
+class Master:
+    """One master, as one process sees it.
+
+    Args:
+        index: Its place in the list.
+        address: How it is named, in messages and in key names.
+        make_connection: Gives a new, not yet connected connection.
+        prefix: Key space.
+        members: The addresses of all masters, in order.
+
+    Attributes:
+        run: Which run of the server this is; other runs have other keys.
+        earlier_run: An earlier run that has left data, "" if there is none.
+        key_prefix: What its key names begin with in this run.
+        problem: Why it is not connected; None before the first attempt.
+        fatal: A problem that no retry mends.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        address: str,
+        make_connection: Callable[[], Connection],
+        prefix: str,
+        members: Sequence[str],
+    ) -> None:
+        self.index = index
+        self.address = address
+        self.run = ""
+        self.earlier_run = ""
+        self.key_prefix = ""
+        self.problem: Exception | None = None
+        self.fatal: DLockError | None = None
+        self._make_connection = make_connection
+        self._prefix = prefix
+        self._members = list(members)
+        self._channel: SocketChannel | None = None
+        self._owed: deque[tuple[Request, float]] = deque()
+        self._attempt: threading.Thread | None = None
+        self._made: tuple[SocketChannel, str, str] | None = None
+        self._pause = _FIRST_PAUSE
+        self._next_attempt = 0.0
+
+    # -- connection ------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether requests can be sent."""
+        return self._channel is not None
+
+    @property
+    def connecting(self) -> bool:
+        """Whether an attempt to connect is under way."""
+        return self._attempt is not None
+
+    def fileno(self) -> int:
+        """The socket to wait for."""
+        assert self._channel is not None  # noqa: S101 asked of connected masters only
+        return self._channel.sock.fileno()
+
+    def tend(self) -> None:
+        """Take over a connection that was made, or begin to make one."""
+        if self._channel is not None:
+            if self._owed and time.monotonic() - self._owed[0][1] > _PATIENCE:
+                self.drop(TimeoutError(f"no reply for {_PATIENCE:g} s"))
+            return
+        if self._attempt is not None:
+            if self._attempt.is_alive():
+                return
+            self._attempt = None
+            if self._made is not None:
+                (self._channel, self.run, self.earlier_run), self._made = self._made, None
+                self.key_prefix = on_master(self._prefix, self.address, self.run)
+                self.problem, self._pause = None, _FIRST_PAUSE
+                return
+            self._next_attempt = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        if time.monotonic() >= self._next_attempt:
+            self._attempt = threading.Thread(
+                target=self._connect, name=f"connect {self.address}", daemon=True
+            )
+            self._attempt.start()
+
+    def _connect(self) -> None:
+        channel: SocketChannel | None = None
+        try:
+            connection = self._make_connection()
+            connection.connect()
+            opened = open_channel(connection)
+            if not isinstance(opened, SocketChannel):
+                raise ServerConfigurationError(
+                    f"{self.address}: several masters need plain connections", address=self.address
+                )
+            channel = opened
+            run, earlier = self._look_at(channel)
+            for script in all_masters_scripts():
+                self._call(channel, "SCRIPT", "LOAD", script.source)
+            self._made = channel, run, earlier
+            return
+        except (redis_errors.AuthenticationError, redis_errors.ResponseError) as error:
+            self._refused(refusal(error))
+        except RefusalError as error:
+            self._refused(error)
+        except DLockError as error:
+            self.problem = self.fatal = error
+        except Exception as error:
+            self.problem = error
+        if channel is not None:
+            channel.close()
+
+    def _refused(self, error: RefusalError) -> None:
+        self.problem = error
+        if error.code in _DENIED:
+            self.fatal = AccessDeniedError(
+                f"{self.address} refused access: {error}; check user, password and ACL of the URL",
+                address=self.address,
+            )
+
+    @staticmethod
+    def _call(channel: SocketChannel, *args: Argument) -> Any:
+        channel.send(pack_command(args))
+        reply = channel.read()
+        if isinstance(reply, RefusalError):
+            raise reply
+        return reply
+
+    def _look_at(self, channel: SocketChannel) -> tuple[str, str]:
+        """Refuse what must not be one of these masters (G8); which run of it this is, and which came before."""
+        keys = RegistryKeys(self._prefix)
+        info = _fields(self._call(channel, "INFO"))
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise ServerConfigurationError(
+                f"{self.address} has maxmemory-policy {policy!r}: it may throw trials away; "
+                "set maxmemory-policy noeviction",
+                address=self.address,
+            )
+        if info.get("loading", "0") != "0":
+            raise ConnectionError("it is loading its data")
+        if self._call(channel, "EXISTS", keys.info):
+            raise MembershipError(
+                f"{self.address} holds studies of a single server under this prefix, which workers with the URL "
+                "of that one server use; choose another ?prefix=NAME",
+                address=self.address,
+                members=[self.address],
+            )
+        self.check_members(self._call(channel, "GET", keys.members))
+        run = info["run_id"][:8]
+        flat = self._call(channel, "HGETALL", run_key(self._prefix, self.address))
+        runs = dict(zip(flat[::2], flat[1::2], strict=True))
+        runs.pop(run.encode(), None)
+        earlier = max(runs, key=lambda name: int(runs[name])).decode() if runs else ""
+        return run, earlier
+
+    def check_members(self, found: bytes | None) -> None:
+        """Raise MembershipError if the list of masters stored on a master is another one."""
+        if found is None:
+            return
+        members = found.decode().removeprefix("v:").split(",")
+        if members != self._members:
+            raise MembershipError(
+                f"{self.address} belongs to the masters {', '.join(members)}; this list is "
+                f"{', '.join(self._members)}: give all workers the same list, with the same names",
+                address=self.address,
+                members=members,
+            )
+
+    def drop(self, error: BaseException) -> None:
+        """Give up the connection; another one is made in the background."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            _logger.debug("connection to %s lost: %s", self.address, type(error).__name__)
+            channel.close()
+        self.problem = error if isinstance(error, Exception) else None
+        for request, _ in self._owed:
+            request.lost.add(self.index)
+        self._owed.clear()
+        self._next_attempt = 0.0
+
+    def forget(self) -> None:
+        """In a forked child: leave the parent's connection to the parent."""
+        self._channel = None
+        self._owed = deque()
+        self._attempt = self._made = None
+        self._next_attempt = 0.0
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def key(self, name: str) -> str:
+        """A key's name on this master, in this run."""
+        return self.key_prefix + name[len(self._prefix) :]
+
+    def send(self, packed: bytes, request: Request) -> None:
+        """Send one command; its reply goes to the request."""
+        if self._channel is None:
+            request.lost.add(self.index)
+            return
+        if len(self._owed) >= _MOST_OWED:
+            request.lost.add(self.index)
+            self.drop(TimeoutError(f"{_MOST_OWED} replies outstanding"))
+            return
+        self._owed.append((request, time.monotonic()))
+        try:
+            self._channel.send(packed)
+        except _LOST as error:
+            self.drop(error)
+
+    def send_plain(self, words: Sequence[Argument], request: Request) -> None:
+        """Send a command whose keys do not belong to a run."""
+        self.send(pack_command(tuple(words)), request)
+
+    @property
+    def run_key(self) -> str:
+        """Hash: the runs in which this master had data."""
+        return run_key(self._prefix, self.address)
+
+    @property
+    def owes(self) -> int:
+        """How many replies are outstanding."""
+        return len(self._owed)
+
+    def send_script(
+        self, script: Script, keys: Sequence[str], args: Sequence[Argument], request: Request
+    ) -> None:
+        """Run a script; key names as `keys.py` makes them."""
+        prefix, cut = self.key_prefix, len(self._prefix)
+        packed = pack_command(
+            ("EVALSHA", script.sha, len(keys), *[prefix + key[cut:] for key in keys], *args)
+        )
+        self.send(packed, request)
+
+    def receive(self) -> None:
+        """Take the replies that have arrived."""
+        if self._channel is None:
+            return
+        try:
+            replies = self._channel.read_available()
+        except _LOST as error:
+            self.drop(error)
+            return
+        for reply in replies:
+            request, _ = self._owed.popleft()
+            request.replies[self.index] = reply
+            if isinstance(reply, RefusalError) and reply.code in ("NOSCRIPT", "LOADING"):
+                self.drop(reply)  # connecting looks at the server again, and loads the scripts
+                request.replies[self.index] = reply
+                return
+
+
+def _fields(info: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in info.decode("utf-8", "replace").splitlines())
+    return {name: value.strip() for name, _, value in lines}

@@ -1,0 +1,88 @@
+"""What several masters have decided: majorities, ballots, and which of their states to believe. No I/O."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+FIRST_BALLOT = "0"
+_MICROSECONDS, _CLIENT = 16, 12  # digits
+
+
+def majority(n: int) -> int:
+    """How many of n masters decide; any two such groups share a master."""
+    return n // 2 + 1
+
+
+def needed_for_rebuild(n: int) -> int:
+    """How many others meet every majority that a master without memory was part of."""
+    return n - majority(n) + 1
+
+
+class Ballots:
+    """Ballots of one client: unique, and higher than any this client has seen.
+
+    They begin with the time, which only saves a retry; their order is checked by the masters.
+
+    Args:
+        clock: Seconds since the epoch; may be wrong.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._client = random.SystemRandom().randrange(10**_CLIENT)
+        self._last = 0
+
+    def next(self, seen: str = FIRST_BALLOT) -> str:
+        """A ballot above all before, and above one that a master has told."""
+        now = int(self._clock() * 1e6)
+        self._last = max(now, self._last + 1, int(seen[:_MICROSECONDS]) + 1)
+        return f"{self._last:0{_MICROSECONDS}d}{self._client:0{_CLIENT}d}"
+
+
+class State(NamedTuple):
+    """Where a master is with an object; ordered by ballot, then by sequence number.
+
+    Attributes:
+        ballot: Under which its last section was accepted.
+        seq: How many sections were run.
+        last: Identity of the last one.
+    """
+
+    ballot: str
+    seq: int
+    last: str
+
+    @classmethod
+    def of(cls, ballot: bytes, seq: bytes, last: bytes) -> State:
+        """The state in a reply."""
+        return cls(ballot.decode(), int(seq), last.decode())
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """What decides which of two states is the later one."""
+        return self.ballot, self.seq
+
+    @property
+    def base(self) -> tuple[int, str]:
+        """What data it stands for."""
+        return self.seq, self.last
+
+
+def decided(states: Mapping[int, State], n: int) -> int | None:
+    """The master whose reply may be believed, of those that answered; None if that cannot be told yet.
+
+    Let t be the q-th latest state, q the majority. It was decided if q masters have its ballot and are at least
+    as far; and nothing later can have been acknowledged unless masters that did not answer made it a majority.
+    """
+    q = majority(n)
+    if len(states) < q:
+        return None
+    ranked = sorted(states.items(), key=lambda item: item[1].order, reverse=True)
+    index, t = ranked[q - 1]
+    if sum(s.ballot == t.ballot and s.seq >= t.seq for s in states.values()) < q:
+        return None
+    latest_possible = ranked[len(states) - (n - q) - 1][1]  # had the silent ones been at least as far
+    return index if latest_possible.order == t.order else None

@@ -1,0 +1,205 @@
+"""Masters that have forgotten: copies of objects, the thread that looks after them, and the start after all were down."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from optuna_dlock.errors import DLockError
+from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of, on_master
+from optuna_dlock.master import Master, Request
+from optuna_dlock.node import Argument, type_of_key
+from optuna_dlock.scripts import OK, masters_script
+
+if TYPE_CHECKING:
+    from optuna_dlock.ensemble import Ensemble
+
+_logger = logging.getLogger(__name__)
+_CHUNK = 1000  # fields or entries copied by one command
+_TTL_MS = 3000
+_EXTEND = 0.5  # seconds after which the lease of a copy under way is extended
+_PATIENCE = 5.0  # seconds that one step of a copy may take
+_PAUSE = 0.5  # seconds between two attempts to repair a master
+
+
+class Copy:
+    """A copy of one object from one master to another, fenced by a ballot.
+
+    Until it is whole the target does not vote, and a later copier's ballot refuses what is left of an earlier copy.
+    """
+
+    def __init__(self, ensemble: Ensemble, name: str, ballot: str, source: int, target: int) -> None:
+        self._ensemble = ensemble
+        self._ballot = ballot
+        self._source = ensemble.masters[source]
+        self._target = ensemble.masters[target]
+        self._keys = ensemble.keys_of(name)
+        self._extended = time.monotonic()
+
+    def run(self) -> bool:
+        """Copy all; whether it is whole."""
+        try:
+            return self._run()
+        except (ConnectionError, TimeoutError) as error:
+            _logger.debug("a copy to %s was broken off: %s", self._target.address, error)
+            return False
+
+    def _run(self) -> bool:
+        keys = self._keys
+        trials = keys.trial_base if isinstance(keys, StudyKeys) else ""
+        live = keys.live if isinstance(keys, StudyKeys) else keys.info
+        copied = keys.copied()
+        prefix = self._target.key(trials) if trials else ""
+        if self._on_target("begin_install", [keys.ballots, live, *copied], [self._ballot, prefix])[0] != OK:
+            return False
+        if isinstance(keys, StudyKeys):
+            numbers = self._from_source("HKEYS", live)
+            copied += [keys.trial(int(number)) for number in numbers]
+        sent: list[Request] = []
+        for key in copied:
+            for command, words in self._parts(key):
+                request = Request()
+                args = (self._ballot, command, *words)
+                self._target.send_script(masters_script("install_part"), [keys.ballots, key], args, request)
+                sent.append(request)
+                if len(sent) >= 8:
+                    self._check(sent.pop(0))
+                self._extend_lease()
+        for request in sent:
+            self._check(request)
+        seq, last = self._from_source("HMGET", keys.ballots, "s", "i")
+        if seq is None:
+            return False
+        reply = self._on_target("end_install", [keys.ballots], [self._ballot, seq, last])
+        return bool(reply[0] == OK)
+
+    def _parts(self, key: str) -> Iterator[tuple[str, Sequence[Argument]]]:
+        """The commands that make a key anew."""
+        kind = type_of_key(key)
+        if kind == "hash":
+            cursor: Any = "0"
+            while True:
+                cursor, flat = self._from_source("HSCAN", key, cursor, "COUNT", _CHUNK)
+                for at in range(0, len(flat), 2 * _CHUNK):
+                    yield "HSET", flat[at : at + 2 * _CHUNK]
+                if cursor == b"0":
+                    return
+        elif kind == "list":
+            start = 0
+            while entries := self._from_source("LRANGE", key, start, start + _CHUNK - 1):
+                yield "RPUSH", entries
+                start += len(entries)
+        elif kind == "zset":
+            flat = self._from_source("ZRANGE", key, 0, -1, "WITHSCORES")
+            for at in range(0, len(flat), 2 * _CHUNK):
+                part = flat[at : at + 2 * _CHUNK]
+                yield "ZADD", [word for pair in zip(part[1::2], part[::2], strict=True) for word in pair]
+        elif members := self._from_source("SMEMBERS", key):
+            yield "SADD", members
+
+    def _extend_lease(self) -> None:
+        if time.monotonic() - self._extended > _EXTEND:
+            self._extended = time.monotonic()
+            script = masters_script("acquire_ballot")
+            for master in self._ensemble.masters:
+                if master is not self._target:
+                    master.send_script(script, [self._keys.ballots], [self._ballot, _TTL_MS], Request())
+
+    def _from_source(self, command: str, key: str, *args: Argument) -> Any:
+        return self._reply(
+            self._source, lambda r: self._source.send_plain((command, self._source.key(key), *args), r)
+        )
+
+    def _on_target(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        return self._reply(
+            self._target, lambda r: self._target.send_script(masters_script(name), keys, args, r)
+        )
+
+    def _reply(self, master: Master, send: Callable[[Request], None]) -> Any:
+        request = Request()
+        send(request)
+        return self._ensemble.reply_of(master, request, _PATIENCE)
+
+    def _check(self, request: Request) -> None:
+        if self._ensemble.reply_of(self._target, request, _PATIENCE)[0] != OK:
+            raise ConnectionError("another copy has begun")
+
+
+class Repairs:
+    """Looks after masters without data, in a thread of its own over connections of its own.
+
+    Args:
+        make_ensemble: Gives another view of the same masters.
+    """
+
+    def __init__(self, make_ensemble: Callable[[], Ensemble]) -> None:
+        self._make = make_ensemble
+        self._wanted: set[int] = set()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    def ask_for(self, index: int) -> None:
+        """A master was seen without data that others have."""
+        self._wanted.add(index)
+        if self._thread is None or not self._thread.is_alive():
+            self._stopped = False
+            self._thread = threading.Thread(target=self._work, name="repair masters", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._stopped = True
+
+    def _work(self) -> None:
+        ensemble = self._make()
+        try:
+            while self._wanted and not self._stopped:
+                index = next(iter(self._wanted))
+                try:
+                    whole = ensemble.repair(index)
+                except (DLockError, OSError) as error:
+                    _logger.debug("master %d was not repaired: %s", index, error)
+                    whole = False
+                if whole:
+                    self._wanted.discard(index)
+                else:
+                    time.sleep(_PAUSE)
+        finally:
+            ensemble.close()
+
+
+def revive(ensemble: Ensemble, master: Master) -> None:
+    """Move what an earlier run of a master has left to its present run, object by object.
+
+    Only where no others are left to copy from. The earlier run voted with this data; what it promised to clients
+    of before does not matter, as their connections are gone and their ballots are not known to this run.
+    """
+    earlier = on_master(ensemble.prefix, master.address, master.earlier_run)
+
+    def old(key: str) -> str:
+        return earlier + key[len(ensemble.prefix) :]
+
+    def ask(*words: Argument) -> Any:
+        request = Request()
+        master.send_plain(words, request)
+        return ensemble.reply_of(master, request, _PATIENCE)
+
+    studies = [int(study_id) for study_id in ask("HKEYS", old(ensemble.keys.studies))]
+    objects: list[RegistryKeys | StudyKeys] = [StudyKeys(ensemble.prefix, study_id) for study_id in studies]
+    objects.append(ensemble.keys)  # last: once it is there, the master counts as one with data
+    for keys in objects:
+        names = [*keys.copied()]
+        if isinstance(keys, StudyKeys):
+            names += [keys.trial(int(number)) for number in ask("HKEYS", old(keys.live))]
+        script = masters_script("revive_object")
+        pairs = [keys.ballots, *names]
+        request = Request()
+        packed_keys = [*(old(key) for key in pairs), *(master.key(key) for key in pairs)]
+        master.send_plain(
+            ("EVALSHA", script.sha, len(packed_keys), *packed_keys, object_of(keys.ballots)), request
+        )
+        ensemble.reply_of(master, request, _PATIENCE)
+    master.earlier_run = ""
