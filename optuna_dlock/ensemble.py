@@ -50,8 +50,11 @@ _logger = logging.getLogger(__name__)
 
 _TTL_MS = 2000  # of a section's lease: how long a holder that died keeps others waiting
 _GRACE = 0.02  # seconds that a read waits for the last masters before it asks again
+_GATE = 0.05  # seconds that the master that is asked first may take before the others are asked too
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
-_READ_COMMANDS = frozenset(("GET", "HGET", "HGETALL", "HKEYS", "HMGET", "SMEMBERS"))
+_READ_COMMANDS = frozenset(
+    ("GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
+)
 
 
 class _Object:
@@ -61,9 +64,10 @@ class _Object:
         ballot: Ours, as long as nobody was seen to have a higher one: then no acquire is needed.
         base: Sequence number and identity of the last section.
         highest: The highest ballot that a master has told.
+        is_lacking: Whether, at the last attempt, so many masters had no data of it that no majority was left.
     """
 
-    __slots__ = ("ballot", "ballots_key", "base", "highest", "name", "sections_key")
+    __slots__ = ("ballot", "ballots_key", "base", "highest", "is_lacking", "name", "sections_key")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -72,6 +76,7 @@ class _Object:
         self.ballot: str | None = None
         self.base = (0, "")
         self.highest = FIRST_BALLOT
+        self.is_lacking = False
 
 
 class Head:
@@ -287,7 +292,7 @@ class Ensemble:
                 self._collect()
                 continue
             if not self._acquire(obj):
-                if self._is_unknown(obj):
+                if obj.is_lacking and self._is_unknown(obj):
                     return [NO_STUDY]
                 next(trying)
 
@@ -334,16 +339,26 @@ class Ensemble:
         """Get the promises of a majority, and bring enough of it to the latest state any of it has."""
         ballot = self.ballots.next(obj.highest)
         request, script = Request(), masters_script("acquire_ballot")
-        for master in self.masters:
+        connected = [master for master in self.masters if master.connected]
+        for at, master in enumerate(connected):
             master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
+            if at == 0:
+                # All contenders ask the same master first: who loses there does not keep the winner from a majority.
+                self._wait(request, lambda m=master: m.index in request.replies or m.index in request.lost, _GATE)  # type: ignore[misc]
+                if self._count(request, LEASED) or self._count(request, STALE_BALLOT):
+                    self._learn(obj, request)
+                    return False
+        request.lost.update(master.index for master in self.masters if not master.connected)
         self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
         if self._accepted(request):
-            self._wait(request, lambda: self._all_answered(request), 0.0005)
+            # Who has not answered yet may refuse the section, and then has to catch up with it later.
+            self._wait(request, lambda: self._all_answered(request, or_slow=True), 0.003)
         self._learn(obj, request)
         self._raise_refusals(request, [obj.ballots_key])
         self._note_behind(obj, request)
+        obj.is_lacking = self._count(request, NO_DATA) > len(self.masters) - self.q
         if not self._accepted(request):
-            self._release(obj, ballot, request)
+            self._release(obj, ballot)
             return False
         states = {
             index: State.of(*reply[1:])
@@ -360,17 +375,16 @@ class Ensemble:
                 if self.install(obj.name, ballot, best_index, index):
                     at_best.add(index)
         if len(at_best) < self.q:
-            self._release(obj, ballot, request)
+            self._release(obj, ballot)
             return False
         obj.ballot, obj.base = ballot, best.base
         return True
 
-    def _release(self, obj: _Object, ballot: str, request: Request) -> None:
-        """Give back what was granted: nobody waits for the reply."""
-        script = masters_script("release_ballot")
-        for index, reply in request.replies.items():
-            if isinstance(reply, list) and reply[0] == OK:
-                self.masters[index].send_script(script, [obj.ballots_key], [ballot], Request())
+    def _release(self, obj: _Object, ballot: str) -> None:
+        """Give back what was granted, or is about to be: nobody waits for the reply."""
+        script, request = masters_script("release_ballot"), Request()
+        for master in self.masters:
+            master.send_script(script, [obj.ballots_key], [ballot], request)
 
     def _replay(
         self, obj: _Object, ballot: str, source: int, best: State, behind: dict[int, State]
@@ -431,7 +445,7 @@ class Ensemble:
             last = requests[-1]
             self._wait(last, lambda r=last: self._decided(r) is not None or self._is_over(r))  # type: ignore[misc]
             if self._decided(last) is None:
-                self._wait(last, lambda r=last: self._all_answered(r), _GRACE)  # type: ignore[misc]
+                self._wait(last, lambda r=last: self._all_answered(r, or_slow=True), _GRACE)  # type: ignore[misc]
             for request in requests:
                 self._raise_refusals(request, calls[0][0])
                 self._note_behind(obj, request)
@@ -451,8 +465,9 @@ class Ensemble:
             trying = trying or self._trying(longest=0.05, first=0.0005)
             next(trying)
 
-    def _all_answered(self, request: Request) -> bool:
-        return len(request.replies) + len(request.lost) == len(self.masters)
+    def _all_answered(self, request: Request, or_slow: bool = False) -> bool:
+        slow = {m.index for m in self.masters if m.slow} if or_slow else set()
+        return len(request.replies.keys() | request.lost | slow) == len(self.masters)
 
     def _is_over(self, request: Request) -> bool:
         """Whether all that answer at all have answered, or a majority has and the rest may be slow."""
@@ -704,11 +719,11 @@ class Ensemble:
                 i: State.of(*r[1:]) for i, r in request.replies.items() if isinstance(r, list) and r[0] == OK
             }
             if len(states) < needed_for_rebuild(len(self.masters)):
-                self._release(obj, ballot, request)
+                self._release(obj, ballot)
                 return False
             source, best = max(states.items(), key=lambda item: item[1].order)
             if not self.install(name, ballot, source, target):
-                self._release(obj, ballot, request)
+                self._release(obj, ballot)
                 return False
             obj.ballot, obj.base = ballot, best.base
             confirmed = self._send_section(obj, ballot, "confirm_state", [obj.ballots_key], [])

@@ -22,6 +22,7 @@ from optuna_dlock.scripts import Script, all_masters_scripts
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 3.0  # seconds for which one reply may be outstanding before the connection counts as lost
+_SLOW = 0.05  # seconds for which a reply may be outstanding before nobody waits for this master
 _MOST_OWED = 2000  # replies
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between two attempts to connect
 _LOST = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)
@@ -263,6 +264,11 @@ class Master:
     def owes(self) -> int:
         """How many replies are outstanding."""
         return len(self._owed)
+
+    @property
+    def slow(self) -> bool:
+        """Whether a reply has been outstanding for longer than others take."""
+        return bool(self._owed) and time.monotonic() - self._owed[0][1] > _SLOW
 
     def send_script(
         self, script: Script, keys: Sequence[str], args: Sequence[Argument], request: Request

@@ -362,7 +362,8 @@ class _Wire:
         self.reader = hiredis.Reader()
 
     def send(self, commands: Sequence[Words]) -> None:
-        self.socket.sendall(b"".join(hiredis.pack_command(tuple(words)) for words in commands))
+        pack: Callable[[tuple[bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
+        self.socket.sendall(b"".join(pack(tuple(words)) for words in commands))  # (its stub: of one word)
 
     def reply(self) -> Any:
         while (reply := self.reader.gets()) is False:

@@ -102,7 +102,7 @@ def append(node: Node, key: str, value: str, settled: list[Any] | None = None, e
         assert settled is not None, f"unexpected reply {reply!r} to the write of {subject!r}"
         settled.append((subject, reply))
 
-    head = pack_head(APPEND, [key], [])
+    head = node.make_head(APPEND, [key], [])
     with node.lock:  # the numbers rise on the wire
         post = Post(head, b"field", value.encode(), node.next_sequence(), expected, value, settle)
         node.post(post)

@@ -4,8 +4,18 @@ Several masters keep one object as a log of sections; clients append to it by ac
 (replay or install) and commit, read it by a rule, and rebuild a master that restarted without its data.
 
 What the adversary may do: deliver any message in flight at any time or never, in any order, after its sender
-went on to other things; lose any answer; deliver an install or a rebuild again; stop a client for ever anywhere;
-restart one master, which then knows nothing.  Leases do not exist (each has always expired already).
+went on to other things; lose any answer; stop a client for ever anywhere; restart one master, which then
+knows nothing.  Leases do not exist (each has always expired already).
+
+Two rules are stricter than in the first draft of the protocol, which this model refuted:
+
+* install, like every other write, never takes a master back: it needs P == b *and* (A, S) < (b, new S).
+  Else one that is delivered late, or again, undoes commits of the same ballot ("install goes back").
+* A grant of a run that died is void.  A rebuild tells N - q + 1 others of the target's new run with its
+  acquire, and these refuse an acquire of a client that knows only the older one.  Else a promise that the
+  restart forgot, of a ballot higher than the rebuild's, still counts in its holder's majority ("a dead run's
+  grant counts").  Runs are counted here by an epoch, as there is one restart; with more, it is one counter
+  per master.
 
 What keeps the model small, without leaving out a behaviour:
 
@@ -13,12 +23,13 @@ What keeps the model small, without leaving out a behaviour:
   answer later is one that acts later, and everything it sends may be late.
 * Sending is eager, as an undelivered message is as good as one not sent yet.
 * A message that can never have an effect again is dropped (`_prune`).
-* What concerns one master (its record, messages to it, what clients know of it) is one slot, and the slots are
-  sorted: masters are interchangeable.
-* A commit, a replay or an acquire that was executed does nothing when it is delivered again, so it is delivered once.
+* What concerns one master (its record, messages to it, what clients know of it) is one slot, and the slots
+  are sorted: masters are interchangeable.
+* A message that was executed does nothing when it is delivered again, so it is delivered once; the mistakes
+  for which that is not true keep theirs in flight.
 
-A trial's number is its position in the object's list.  The log of a record holds `(identity, operation)`, and the
-identity of a section is the ballot it was committed with: with its position that is unique.
+A trial's number is its position in the object's list.  The log of a record holds `(identity, operation)`, and
+the identity of a section is the ballot it was committed with: with its position that is unique.
 """
 
 from __future__ import annotations
@@ -36,7 +47,7 @@ Fact = tuple[str, int, int]
 """What a client was told: ("trial", number, creating operation) or ("finished", 0, finishing operation)."""
 
 Known = tuple[int, Log] | None
-"""What a client knows of a master: (accepted ballot, log) as a grant or a reply; (OK, ()) once it committed."""
+"""What a client knows of a master: its (accepted ballot, log), or (OK, ()) once it committed."""
 
 ACQUIRE, REPLAY, INSTALL, COMMIT, REBUILD, REPLICATE = range(6)
 ACQUIRING, COMMITTING, READING, DONE = range(4)
@@ -57,7 +68,11 @@ class Record(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A script on its way to a master; `size` and `identity` are (S, I) of the base it must find there."""
+    """A script on its way to a master.
+
+    `size` and `identity` are (S, I) of the base that a replay or a commit must find there; for an acquire
+    and a rebuild, `size` is the epoch.  `log` is the section to commit, or all of the state to reach.
+    """
 
     kind: int
     ballot: int
@@ -155,7 +170,9 @@ class Model:
         self.others = setup.masters - self.majority + 1
         self.owner = {ballot: c for c, ballots in enumerate(setup.ballots) for ballot in ballots}
         self.kind = {
-            10 * (c + 1) + i: kind for c, program in enumerate(setup.programs) for i, kind in enumerate(program)
+            10 * (c + 1) + i: kind
+            for c, program in enumerate(setup.programs)
+            for i, kind in enumerate(program)
         }
         self.exact = not self.mistakes & {"commit ignores the promise", "shared key names"}
         self.facts_of = lru_cache(maxsize=None)(self._facts_of)
@@ -301,7 +318,7 @@ class Model:
             if grant is not None:
                 self._send_section(slots, client, j, grant)
             elif rebuilds and slots[j].record is None:
-                rebuild = Message(REBUILD, client.ballot, client.epoch, base[0], base[1])
+                rebuild = Message(REBUILD, client.ballot, client.epoch, 0, base[1])
                 self._send(slots, j, client.epoch, rebuild, self._commit(client))
 
     def _committing(self, client: Client, c: int, base: Log) -> Client:
@@ -379,7 +396,7 @@ class Model:
             yield from self._own_steps(state, c, client)
 
     def _own_steps(self, state: State, c: int, client: Client) -> Iterator[tuple[str, State | Broken]]:
-        """Yield what a client does of itself: give up and acquire again, learn of a restart, return a read."""
+        """Yield what a client does of itself: acquire again, learn of a restart, return from a read."""
         restarted = any(slot.run for slot in state.slots)
         if client.phase != DONE and client.ballot < max(self.setup.ballots[c], default=0):
             for epoch in {client.epoch, int(restarted)}:
@@ -389,10 +406,15 @@ class Model:
                 yield label, self._state(slots, clients, state.facts, state.restarts)
         if client.phase == ACQUIRING and restarted and not client.epoch and self._untouched(state, client):
             slots, clients = list(state.slots), list(state.clients)
-            slots = [s._replace(inbox=frozenset(m for m in s.inbox if m.ballot != client.ballot)) for s in slots]
+            slots = [
+                s._replace(inbox=frozenset(m for m in s.inbox if m.ballot != client.ballot)) for s in slots
+            ]
             clients[c] = client._replace(ballot=client.ballot - 1)
             self._acquire(slots, clients, c, 1)
-            yield f"client {c} learns of the restart", self._state(slots, clients, state.facts, state.restarts)
+            yield (
+                f"client {c} learns of the restart",
+                self._state(slots, clients, state.facts, state.restarts),
+            )
         if client.phase == READING:
             replies = [slot.known[c] for slot in state.slots]
             log = self._believed([reply for reply in replies if reply is not None])
@@ -495,7 +517,8 @@ class Model:
             twin = next(i for i, other in enumerate(slots) if other.twin and i != j)
             copy = Message(REPLICATE, 0, 0, 0, (), record)
             slots[twin] = slots[twin]._replace(inbox=slots[twin].inbox | {copy})
-        label = f"{KINDS[message.kind]} of ballot {message.ballot}: master {_name(slot.record)} -> {_name(record)}"
+        change = f"master {_name(slot.record)} -> {_name(record)}"
+        label = f"{KINDS[message.kind]} of ballot {message.ballot}: {change}"
         c = self.owner.get(message.ballot, -1)
         client = clients[c]
         if message.ballot != client.ballot or message.kind not in (ACQUIRE, COMMIT):

@@ -18,6 +18,7 @@ if not f[3] then
 elseif f[1] ~= ARGV[na - 5] then
   return {-21, f[1]}
 elseif f[3] ~= ARGV[na - 4] or f[4] ~= ARGV[na - 3] then
+  redis.call('HSET', ballots, 'l', 0) -- the holder goes on without this master
   return {-22, f[2], f[3], f[4]}
 end
 local keys, args, entry = {}, {}, {}
