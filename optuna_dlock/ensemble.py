@@ -307,7 +307,7 @@ class Ensemble:
             master.send_script(
                 script,
                 (*keys, obj.ballots_key, obj.sections_key),
-                (*args, ballot, seq, last, new, len(master.key_prefix), name),
+                (*args, ballot, seq, last, new, len(master.key_prefix), name, "commit"),
                 request,
             )
         obj.base = seq + 1, new
@@ -402,20 +402,33 @@ class Ensemble:
             missed = [entry for entry in entries if int(entry[0]) >= state.seq]
             if not missed or (int(missed[0][0]), missed[0][1].decode()) != state.base:
                 continue  # it has run something that lost: it needs a copy
-            master = self.masters[index]
-            for seq, last, new, name, n_keys, *words in missed:
-                n = int(n_keys)
-                keys = [self.prefix + word.decode() for word in words[:n]]
-                request = requests[index] = Request()
-                master.send_script(
-                    wrapped("fenced", name.decode()),
-                    (*keys, obj.ballots_key, obj.sections_key),
-                    (*words[n:], ballot, seq, last, new, len(master.key_prefix), name),
-                    request,
-                )
+            requests[index] = self._replay_on(self.masters[index], obj, ballot, missed)
+        caught_up = set()
         for index, request in requests.items():
             self._wait(request, lambda r=request, i=index: i in r.replies or i in r.lost, 1.0)  # type: ignore[misc]
-        return {index for index, request in requests.items() if self._count(request, OK)}
+            replies = request.replies.get(index)
+            if isinstance(replies, list) and all(isinstance(r, list) and r[0] == OK for r in replies):
+                caught_up.add(index)
+        return caught_up
+
+    def _replay_on(
+        self, master: Master, obj: _Object, ballot: str, missed: Sequence[Sequence[bytes]]
+    ) -> Request:
+        """Run all these sections on a master, in one transaction: it has caught up, or is where it was."""
+        master.send_plain(("MULTI",), Request())
+        for at, (seq, last, new, name, n_keys, *words) in enumerate(missed):
+            n = int(n_keys)
+            keys = [self.prefix + word.decode("utf-8", "surrogatepass") for word in words[:n]]
+            mode = "caught up" if at == len(missed) - 1 else "missed"
+            master.send_script(
+                wrapped("fenced", name.decode()),
+                (*keys, obj.ballots_key, obj.sections_key),
+                (*words[n:], ballot, seq, last, new, len(master.key_prefix), name, mode),
+                Request(),
+            )
+        request = Request()
+        master.send_plain(("EXEC",), request)
+        return request
 
     def _note_behind(self, obj: _Object, request: Request) -> None:
         """Have masters that were seen without data, or elsewhere than the majority, looked after."""

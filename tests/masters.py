@@ -205,8 +205,9 @@ class Masters:
                 server.start()
             if self.kind == "replicated":
                 ports = [server.port for server in self.servers]
-                self.replicator = Replicator(ports, delay=self._delay, echo=self._echo)
+                self.replicator = Replicator(ports, echo=self._echo)
             self.wait_until_linked()
+            self.set_delay(self._delay)  # only now: KeyDB's handshake has many round trips
             stack.pop_all()
         return self
 
@@ -228,7 +229,6 @@ class Masters:
             server.add_arguments("--active-replica", "yes", "--multi-master", "yes", "--protected-mode", "no")
         for i, j in self.pairs:
             proxy = self._links[i, j] = _StreamProxy(self.servers[i].port)
-            proxy.delay = self._delay
             self._servers[j].add_arguments("--replicaof", "127.0.0.1", str(proxy.port))
 
     def _directions(self, i: int, j: int, both: bool) -> list[tuple[int, int]]:

@@ -238,6 +238,9 @@ def test_an_echo_executes_the_last_commands_of_a_restarted_master_on_it_once_mor
             masters.servers[0].command("INCR", "n")
         masters.servers[1].command("INCR", "m")
         replicator_of(masters).wait_until_idle()
+        masters.servers[0].command("CLIENT", "KILL", "TYPE", "replica")  # no restart: no echo
+        replicator_of(masters).wait_until_idle()
+        assert get(masters, "n") == [b"3", b"3"]
         masters.restart_with_rdb(0)
         masters.wait_until_linked()
         replicator_of(masters).wait_until_idle()
