@@ -1,8 +1,8 @@
 """Several masters behind the face of one node: fenced critical sections, majority reads, deferred writes.
 
-Every master runs the same sections of an object (a study, or the registry) in the same order. Ballots decide who
-may run the next one, after which (CASPaxos: Rystsov, "CASPaxos: Replicated State Machines without logs", 2018);
-leases only keep contenders apart. `optuna_dlock/README.md` tells the protocol.
+Every master runs the same sections of an object (a study, or the registry) in the same order. Ballots decide
+who may run the next one, after which (CASPaxos: Rystsov, "CASPaxos: Replicated State Machines without logs",
+2018); leases only keep contenders apart. `optuna_dlock/README.md` tells the protocol.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from optuna_dlock.errors import (
 from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of
 from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, Node, Post, forget_in_children
-from optuna_dlock.quorum import FIRST_BALLOT, Ballots, State, decided, majority, needed_for_rebuild
+from optuna_dlock.quorum import FIRST_BALLOT, Ballots, Runs, State, decided, majority, needed_for_rebuild
 from optuna_dlock.repair import Copy, Repairs, revive
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import (
@@ -244,9 +244,7 @@ class Ensemble:
         again = False
         while self._outstanding:
             post, obj, request = self._outstanding[0]
-            if not again:
-                self._wait(request, lambda r=request: self._accepted(r) or self._is_refused(r))  # type: ignore[misc]
-            if not again and self._accepted(request):
+            if not again and self._wait_for_section(request):
                 reply = self._section_reply(request)
             else:
                 # Refused, or lost: this one and all that were sent after it, as they build on it.
@@ -281,8 +279,7 @@ class Ensemble:
                 request = self._send_section(obj, obj.ballot, name, keys, args)
                 if collect and self._outstanding:
                     self._collect()  # what was sent before is on the wires before
-                self._wait(request, lambda r=request: self._accepted(r) or self._is_refused(r))  # type: ignore[misc]
-                if self._accepted(request):
+                if self._wait_for_section(request):
                     self._note_behind(obj, request)
                     return self._section_reply(request)
                 obj.ballot = None
@@ -338,33 +335,22 @@ class Ensemble:
     def _acquire(self, obj: _Object) -> bool:
         """Get the promises of a majority, and bring enough of it to the latest state any of it has."""
         ballot = self.ballots.next(obj.highest)
-        request, script = Request(), masters_script("acquire_ballot")
-        connected = [master for master in self.masters if master.connected]
-        for at, master in enumerate(connected):
-            master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
-            if at == 0:
-                # All contenders ask the same master first: who loses there does not keep the winner from a majority.
-                self._wait(request, lambda m=master: m.index in request.replies or m.index in request.lost, _GATE)  # type: ignore[misc]
-                if self._count(request, LEASED) or self._count(request, STALE_BALLOT):
-                    self._learn(obj, request)
-                    return False
-        request.lost.update(master.index for master in self.masters if not master.connected)
-        self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
+        obj.is_lacking = False
+        request, runs = self._ask_for_votes(obj, ballot, self.masters, gate=True)
+        if self._is_taken(request):
+            self._learn(obj, request)
+            return False
         if self._accepted(request):
             # Who has not answered yet may refuse the section, and then has to catch up with it later.
-            self._wait(request, lambda: self._all_answered(request, or_slow=True), 0.003)
+            self._wait_for_all(request, 0.003, or_slow=True)
         self._learn(obj, request)
         self._raise_refusals(request, [obj.ballots_key])
         self._note_behind(obj, request)
         obj.is_lacking = self._count(request, NO_DATA) > len(self.masters) - self.q
-        if not self._accepted(request):
+        states, known = self._votes(request, runs)
+        if len(states) < self.q:
             self._release(obj, ballot)
             return False
-        states = {
-            index: State.of(*reply[1:])
-            for index, reply in request.replies.items()
-            if isinstance(reply, list) and reply[0] == OK
-        }
         best_index, best = max(states.items(), key=lambda item: item[1].order)
         at_best = {index for index, state in states.items() if state.base == best.base}
         behind = {index: state for index, state in states.items() if index not in at_best}
@@ -372,13 +358,55 @@ class Ensemble:
             at_best |= self._replay(obj, ballot, best_index, best, behind)
         if len(at_best) < self.q:
             for index in behind.keys() - at_best:
-                if self.install(obj.name, ballot, best_index, index):
+                if self._install(obj, ballot, best_index, best, index, behind[index], known):
                     at_best.add(index)
         if len(at_best) < self.q:
             self._release(obj, ballot)
             return False
         obj.ballot, obj.base = ballot, best.base
         return True
+
+    def _ask_for_votes(
+        self, obj: _Object, ballot: str, masters: Sequence[Master], gate: bool = False
+    ) -> tuple[Request, dict[int, str]]:
+        """Send a ballot to these masters, and wait until a majority has granted it, or none can.
+
+        Returns:
+            The request, and the run of each master that it was sent to.
+        """
+        request, script = Request(), masters_script("acquire_ballot")
+        request.lost.update(m.index for m in self.masters if m not in masters or not m.connected)
+        asked = [master for master in masters if master.connected]
+        runs = {master.index: master.run for master in asked}
+        for at, master in enumerate(asked):
+            if master.run != runs[master.index]:
+                request.lost.add(master.index)  # it restarted just now
+                continue
+            master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
+            if at == 0 and gate:
+                # All contenders ask the same master first: who loses there keeps nobody from a majority.
+                self._wait_for(master, request, _GATE)
+                if self._is_taken(request):
+                    return request, runs
+        self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
+        return request, runs
+
+    def _is_taken(self, request: Request) -> bool:
+        """Whether somebody else has the turn, as the only master says that was asked so far."""
+        return len(request.replies) == 1 and bool(
+            self._count(request, LEASED) or self._count(request, STALE_BALLOT)
+        )
+
+    def _votes(self, request: Request, runs: dict[int, str]) -> tuple[dict[int, State], Runs]:
+        """The states of the masters whose grants count: those of runs that are still the current ones."""
+        granted = {i: r for i, r in request.replies.items() if isinstance(r, list) and r[0] == OK}
+        known = Runs(reply[4] for reply in granted.values())
+        states = {
+            index: State.of(*reply[1:4])
+            for index, reply in granted.items()
+            if known.is_current(index, runs[index])
+        }
+        return states, known
 
     def _release(self, obj: _Object, ballot: str) -> None:
         """Give back what was granted, or is about to be: nobody waits for the reply."""
@@ -405,8 +433,7 @@ class Ensemble:
             requests[index] = self._replay_on(self.masters[index], obj, ballot, missed)
         caught_up = set()
         for index, request in requests.items():
-            self._wait(request, lambda r=request, i=index: i in r.replies or i in r.lost, 1.0)  # type: ignore[misc]
-            replies = request.replies.get(index)
+            replies = self._wait_for(self.masters[index], request, 1.0)
             if isinstance(replies, list) and all(isinstance(r, list) and r[0] == OK for r in replies):
                 caught_up.add(index)
         return caught_up
@@ -445,7 +472,12 @@ class Ensemble:
     def _read(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         return self._read_many(name, [(keys, args)])[0]
 
-    def _read_many(self, name: str, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
+    def _read_many(
+        self,
+        name: str,
+        calls: Sequence[tuple[Sequence[str], Sequence[Argument]]],
+        collect: bool = True,
+    ) -> list[Any]:
         if not calls:
             return []
         obj = self._object(calls[0][0][0])
@@ -453,12 +485,10 @@ class Ensemble:
         tries = 0
         while True:
             requests = [self._send_read(name, keys, args) for keys, args in calls]
-            if self._outstanding and self._collect():
+            if collect and self._outstanding and self._collect():
                 continue  # some write was run again after we asked
             last = requests[-1]
-            self._wait(last, lambda r=last: self._decided(r) is not None or self._is_over(r))  # type: ignore[misc]
-            if self._decided(last) is None:
-                self._wait(last, lambda r=last: self._all_answered(r, or_slow=True), _GRACE)  # type: ignore[misc]
+            self._wait_for_decision(last)
             for request in requests:
                 self._raise_refusals(request, calls[0][0])
                 self._note_behind(obj, request)
@@ -467,9 +497,9 @@ class Ensemble:
                 if name == "get_stale_trials":
                     return [_stale_on_all(request) for request in requests]
                 return [r.replies[i][4] for r, i in zip(requests, indexes, strict=True) if i is not None]
-            if any(self._count(r, NO_DATA) > len(self.masters) - self.q for r in requests):
-                if self._is_unknown(obj):
-                    return [[NO_STUDY] for _ in calls]
+            lacking = any(self._count(r, NO_DATA) > len(self.masters) - self.q for r in requests)
+            if lacking and self._is_unknown(obj):
+                return [[NO_STUDY] for _ in calls]
             tries += 1
             self.waits += 1
             if tries % 4 == 0 and all(self._count(r, OK) >= self.q for r in requests):
@@ -481,6 +511,11 @@ class Ensemble:
     def _all_answered(self, request: Request, or_slow: bool = False) -> bool:
         slow = {m.index for m in self.masters if m.slow} if or_slow else set()
         return len(request.replies.keys() | request.lost | slow) == len(self.masters)
+
+    def _wait_for_decision(self, request: Request) -> None:
+        self._wait(request, lambda: self._decided(request) is not None or self._is_over(request))
+        if self._decided(request) is None:
+            self._wait_for_all(request, _GRACE, or_slow=True)
 
     def _is_over(self, request: Request) -> bool:
         """Whether all that answer at all have answered, or a majority has and the rest may be slow."""
@@ -509,8 +544,7 @@ class Ensemble:
             all_keys = (*keys, object_of(keys[0]) + "ballots")
             for master in self.masters:
                 master.send_script(script, all_keys, args, request)
-            self._wait(request, lambda r=request: self._accepted(r) or self._is_refused(r))  # type: ignore[misc]
-            if self._accepted(request):
+            if self._wait_for_section(request):
                 return self._section_reply(request)
             next(trying)
 
@@ -518,8 +552,7 @@ class Ensemble:
         """A read of one master's own state; None if it does not answer."""
         request = Request()
         self.masters[index].send_script(wrapped("versioned", name), (*keys, obj.ballots_key), args, request)
-        self._wait(request, lambda: index in request.replies or index in request.lost, 2.0)
-        reply = request.replies.get(index)
+        reply = self._wait_for(self.masters[index], request, 2.0)
         return reply if isinstance(reply, list) and reply[0] == OK else None
 
     # -- waiting ---------------------------------------------------------------------------------
@@ -535,6 +568,20 @@ class Ensemble:
                 return False
             self._receive(min(deadline - now, 0.25))
         return True
+
+    def _wait_for(self, master: Master, request: Request, limit: float) -> Any:
+        """The reply of one master; None if it does not come."""
+        index = master.index
+        self._wait(request, lambda: index in request.replies or index in request.lost, limit)
+        return request.replies.get(index)
+
+    def _wait_for_section(self, request: Request) -> bool:
+        """Wait until a majority has run a section, or none will; whether it has."""
+        self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
+        return self._accepted(request)
+
+    def _wait_for_all(self, request: Request, limit: float, or_slow: bool = False) -> None:
+        self._wait(request, lambda: self._all_answered(request, or_slow), limit)
 
     def _receive(self, seconds: float) -> None:
         """Wait for replies, and take them; connections that were lost are made again meanwhile."""
@@ -612,8 +659,8 @@ class Ensemble:
             )
         if "WRONGTYPE" in str(error):
             raise CorruptRecordError(
-                f"one of the keys {', '.join(keys)} on {address} is of another type: somebody else's data stands "
-                "under our prefix; choose another one with ?prefix=NAME",
+                f"one of the keys {', '.join(keys)} on {address} is of another type: somebody else's data "
+                "stands under our prefix; choose another one with ?prefix=NAME",
                 key=keys[0],
             )
         if code == "ERR":
@@ -631,7 +678,7 @@ class Ensemble:
             if all(m.connected or m.problem is not None for m in self.masters):
                 self._check_names()
                 request = self._send_read("read_key", [self.keys.info], ["HLEN"])
-                self._wait(request, lambda r=request: self._all_answered(r), 1.0)  # type: ignore[misc]
+                self._wait_for_all(request, 1.0)
                 if self._count(request, OK) >= self.q:
                     break
                 if self._count(request, NO_DATA) > len(self.masters) - self.q:
@@ -658,20 +705,21 @@ class Ensemble:
             runs[master.run] = master.address
 
     def _is_unknown(self, obj: _Object) -> bool:
-        """Whether a majority lacks the object since there is no such study; where it is lost, it is recovered."""
+        """Whether a majority lacks the object as there is no such study; if it is lost, it is recovered."""
         request = self._send_read("read_key", [obj.ballots_key], ["HLEN"])
-        self._wait(request, lambda: self._all_answered(request), 1.0)
+        self._wait_for_all(request, 1.0)
         if self._count(request, NO_DATA) <= len(self.masters) - self.q:
             return False
         if obj.name != object_of(self.keys.ballots):
             study_id = obj.name[obj.name.rindex("{") + 1 : -2]
-            if self._read("read_key", [self.keys.studies], ["HGET", study_id]) is None:
+            call = [self.keys.studies], ["HGET", study_id]
+            if self._read_many("read_key", [call], collect=False)[0] is None:
                 return True
         self._recover(obj, request)
         return False
 
     def _recover(self, obj: _Object, request: Request) -> None:
-        """A majority has no data of an object: let the registry begin, or take what an earlier run has left."""
+        """No majority has data of an object: let the registry begin, or take what an earlier run has left."""
         without = [i for i, r in request.replies.items() if isinstance(r, list) and r[0] == NO_DATA]
         with_data = [r for r in request.replies.values() if isinstance(r, list) and r[0] == OK]
         others = len(with_data)
@@ -686,20 +734,18 @@ class Ensemble:
                 self.rebuild(obj.name, index)
             return
         revivable = [index for index in without if self.masters[index].earlier_run]
-        if revivable:
-            if len(revivable) + others >= self.q:
-                for index in revivable:
-                    self.revive(index)
+        if revivable and len(revivable) + others >= self.q:
+            for index in revivable:
+                self.revive(index)
 
     def _found(self) -> None:
         """Begin a new ensemble, with all masters; nothing was there before."""
         listed = "v:" + ",".join(self.members)
         for master in self.masters:
             request = Request()
-            master.send_plain(("SET", self.keys.members, listed, "NX"), request)
+            master.send_plain(("SET", self.keys.members, listed, "NX"), Request())
             master.send_plain(("GET", self.keys.members), request)
-            self._wait(request, lambda r=request, m=master: m.index in r.lost or not m.owes, 2.0)  # type: ignore[misc]
-            reply = request.replies.get(master.index)
+            reply = self._wait_for(master, request, 2.0)
             if not isinstance(reply, bytes):
                 return
             master.check_members(reply)
@@ -707,7 +753,7 @@ class Ensemble:
         for master in self.masters:
             master.send_script(script, [self.keys.ballots], [], request)
             self._note_run(master)
-        self._wait(request, lambda: self._all_answered(request), 2.0)
+        self._wait_for_all(request, 2.0)
 
     def _note_run(self, master: Master) -> None:
         """Remember, on the master, in which run it has data."""
@@ -719,35 +765,48 @@ class Ensemble:
         """Give a master that has forgotten an object a copy, after which it votes again."""
         with self.lock:
             obj = self._object(name + "ballots")
+            obj.ballot = None
             ballot = self.ballots.next(obj.highest)
-            request, script = Request(), masters_script("acquire_ballot")
-            for master in self.masters:
-                if master.index != target:
-                    master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
-            self._wait(
-                request, lambda: len(request.replies) + len(request.lost) >= len(self.masters) - 1, 2.0
-            )
+            others = [master for master in self.masters if master.index != target]
+            needed = needed_for_rebuild(len(self.masters))
+            request, runs = self._ask_for_votes(obj, ballot, others)
+            self._wait_for_all(request, 1.0, or_slow=True)
             self._learn(obj, request)
-            states = {
-                i: State.of(*r[1:]) for i, r in request.replies.items() if isinstance(r, list) and r[0] == OK
-            }
-            if len(states) < needed_for_rebuild(len(self.masters)):
+            states, known = self._votes(request, runs)
+            if len(states) < needed:
                 self._release(obj, ballot)
                 return False
+            known.begin(target, self.masters[target].run)
+            told = Request()
+            for index in states:
+                script = masters_script("note_runs")
+                self.masters[index].send_script(script, [obj.ballots_key], [ballot, str(known)], told)
+            self._wait(told, lambda: self._count(told, OK) >= needed, 2.0)
             source, best = max(states.items(), key=lambda item: item[1].order)
-            if not self.install(name, ballot, source, target):
+            if self._count(told, OK) < needed or not self._install(
+                obj, ballot, source, best, target, None, known
+            ):
                 self._release(obj, ballot)
                 return False
             obj.ballot, obj.base = ballot, best.base
             confirmed = self._send_section(obj, ballot, "confirm_state", [obj.ballots_key], [])
-            self._wait(confirmed, lambda: self._accepted(confirmed) or self._is_refused(confirmed))
-            if not self._accepted(confirmed):
+            if not self._wait_for_section(confirmed):
                 obj.ballot = None
-            return self._accepted(confirmed)
+            return obj.ballot is not None
 
-    def install(self, name: str, ballot: str, source: int, target: int) -> bool:
+    def _install(
+        self,
+        obj: _Object,
+        ballot: str,
+        source: int,
+        best: State,
+        target: int,
+        replaced: State | None,
+        known: Runs,
+    ) -> bool:
         """Copy an object from one master to another, under a ballot that the source has promised."""
-        return Copy(self, name, ballot, source, target).run()
+        copy = f"{ballot}.{next(self._numbers)}"
+        return Copy(self, obj.name, ballot, copy, source, best, target, replaced, known).run()
 
     def revive(self, index: int) -> None:
         """Let a master go on with the data of its earlier run: all went down, and nothing else is left."""
@@ -790,8 +849,7 @@ class Ensemble:
         Raises:
             ConnectionError: If it does not come, or is a refusal.
         """
-        self._wait(request, lambda: master.index in request.replies or master.index in request.lost, limit)
-        reply = request.replies.get(master.index)
+        reply = self._wait_for(master, request, limit)
         if reply is None or isinstance(reply, RefusalError):
             raise ConnectionError(f"{master.address} does not answer: {reply}")
         return reply

@@ -1,7 +1,7 @@
 """The public lock on several masters: its holder is part of the registry's (or the study's) replicated state.
 
-No master's clock ends a lease: who waits sees whether the holder renews it, and takes it over when it did not for its
-whole ttl by the waiter's own clock. So exclusion depends on no two clocks agreeing, and tokens rise without gaps.
+No master's clock ends a lease: who waits sees whether the holder renews it, and takes it over when it did not
+for its whole ttl by the waiter's own clock. So no two clocks have to agree, and tokens rise without gaps.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class EnsembleLocks:
         return seen[1]
 
     def _dead(self, name: str, held: bytes) -> tuple[str, str]:
-        """Ticket and renewals of a holder that has not renewed its lease for its whole ttl; else two empty texts."""
+        """Ticket and renewals of a holder that did not renew its lease for its whole ttl; else two empty texts."""
         since = self._unchanged_since(name, held)
         ttl = int(held.split(b" ", 4)[3]) / 1000
         return self._seen[name][0] if time.monotonic() - since > ttl else ("", "")

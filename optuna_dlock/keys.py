@@ -88,7 +88,7 @@ def _masters_keys(keys: RegistryKeys | StudyKeys) -> list[str]:
 
 
 def object_of(key: str) -> str:
-    """What the names of all keys of the same replicated object begin with: those of a study, or the registry's."""
+    """What the names of all keys of one replicated object begin with: a study's, or the registry's."""
     return key[: key.rindex("}:") + 2]
 
 

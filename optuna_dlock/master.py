@@ -1,4 +1,4 @@
-"""One of several masters: a connection that is made in the background, and requests whose replies come when they come.
+"""One of several masters: a connection made in the background, requests whose replies come when they come.
 
 Nothing here waits: a master that is slow, paused or away does not hold up the others.
 """
@@ -155,7 +155,7 @@ class Master:
             channel.close()
 
     def _refused(self, error: RefusalError) -> None:
-        self.problem = error
+        self.problem = error = RefusalError(str(error).partition(", with args beginning")[0])
         if error.code in _DENIED:
             self.fatal = AccessDeniedError(
                 f"{self.address} refused access: {error}; check user, password and ACL of the URL",
@@ -171,7 +171,7 @@ class Master:
         return reply
 
     def _look_at(self, channel: SocketChannel) -> tuple[str, str]:
-        """Refuse what must not be one of these masters (G8); which run of it this is, and which came before."""
+        """Refuse what must not be one of these masters (G8); which run this is, and which came before."""
         keys = RegistryKeys(self._prefix)
         info = _fields(self._call(channel, "INFO"))
         policy = info.get("maxmemory_policy", "noeviction")
@@ -185,8 +185,8 @@ class Master:
             raise ConnectionError("it is loading its data")
         if self._call(channel, "EXISTS", keys.info):
             raise MembershipError(
-                f"{self.address} holds studies of a single server under this prefix, which workers with the URL "
-                "of that one server use; choose another ?prefix=NAME",
+                f"{self.address} holds studies of a single server under this prefix, which workers with "
+                "the URL of that one server use; choose another ?prefix=NAME",
                 address=self.address,
                 members=[self.address],
             )

@@ -322,7 +322,8 @@ class Node:
                 "prefix; choose another one with ?prefix=NAME",
                 key=key,
             )
-        return DLockError(f"{self.address}: {reply}")
+        # The server quotes what it did not understand, which may be a password: AUTH can be renamed away.
+        return DLockError(f"{self.address}: {str(reply).partition(', with args beginning')[0]}")
 
     def _foreign_key(self, keys: Sequence[str]) -> str:
         if len(keys) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 FIRST_BALLOT = "0"
@@ -74,8 +74,8 @@ class State(NamedTuple):
 def decided(states: Mapping[int, State], n: int) -> int | None:
     """The master whose reply may be believed, of those that answered; None if that cannot be told yet.
 
-    Let t be the q-th latest state, q the majority. It was decided if q masters have its ballot and are at least
-    as far; and nothing later can have been acknowledged unless masters that did not answer made it a majority.
+    Let t be the q-th latest state, q the majority. It was decided if q masters have its ballot and are at
+    least as far; nothing later can have been acknowledged unless silent masters made it a majority.
     """
     q = majority(n)
     if len(states) < q:
@@ -86,3 +86,37 @@ def decided(states: Mapping[int, State], n: int) -> int | None:
         return None
     latest_possible = ranked[len(states) - (n - q) - 1][1]  # had the silent ones been at least as far
     return index if latest_possible.order == t.order else None
+
+
+class Runs:
+    """Which run of each master is the current one, as far as masters have been told.
+
+    A master that restarts forgets its promises. Whoever rebuilds it tells N - q + 1 of the others its new run
+    before it votes: these meet every majority in which a grant of the earlier run could be counted. Each
+    telling has a higher generation than all before.
+    """
+
+    def __init__(self, known: Iterable[bytes] = ()) -> None:
+        self._known: dict[int, tuple[int, str]] = {}
+        for text in known:
+            for entry in text.decode().split():
+                index, _, rest = entry.partition("=")
+                generation, _, run = rest.partition(":")
+                self._merge(int(index), int(generation), run)
+
+    def _merge(self, index: int, generation: int, run: str) -> None:
+        if generation > self._known.get(index, (0, ""))[0]:
+            self._known[index] = generation, run
+
+    def is_current(self, index: int, run: str) -> bool:
+        """Whether nobody was told of a later run."""
+        known = self._known.get(index)
+        return known is None or known[1] == run
+
+    def begin(self, index: int, run: str) -> None:
+        """A run that is about to vote."""
+        if index not in self._known or self._known[index][1] != run:
+            self._known[index] = self._known.get(index, (0, ""))[0] + 1, run
+
+    def __str__(self) -> str:
+        return " ".join(f"{index}={generation}:{run}" for index, (generation, run) in self._known.items())

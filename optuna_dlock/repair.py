@@ -1,4 +1,4 @@
-"""Masters that have forgotten: copies of objects, the thread that looks after them, and the start after all were down."""
+"""Masters that have forgotten: copies of objects, the thread that makes them, the start after all were down."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from optuna_dlock.errors import DLockError
 from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of, on_master
 from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, type_of_key
+from optuna_dlock.quorum import Runs, State
 from optuna_dlock.scripts import OK, masters_script
 
 if TYPE_CHECKING:
@@ -28,14 +29,35 @@ _PAUSE = 0.5  # seconds between two attempts to repair a master
 class Copy:
     """A copy of one object from one master to another, fenced by a ballot.
 
-    Until it is whole the target does not vote, and a later copier's ballot refuses what is left of an earlier copy.
+    Until it is whole the target does not vote, and a later copy refuses what is left of an earlier one.
+
+    Args:
+        copy: Name of this copy.
+        best: The state to be copied.
+        replaced: What the target has now; None for no data.
+        known: The runs of all masters, for the target to remember.
     """
 
-    def __init__(self, ensemble: Ensemble, name: str, ballot: str, source: int, target: int) -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        name: str,
+        ballot: str,
+        copy: str,
+        source: int,
+        best: State,
+        target: int,
+        replaced: State | None,
+        known: Runs,
+    ) -> None:
         self._ensemble = ensemble
         self._ballot = ballot
+        self._copy = copy
         self._source = ensemble.masters[source]
+        self._best = best
         self._target = ensemble.masters[target]
+        self._replaced = replaced
+        self._known = known
         self._keys = ensemble.keys_of(name)
         self._extended = time.monotonic()
 
@@ -53,7 +75,9 @@ class Copy:
         live = keys.live if isinstance(keys, StudyKeys) else keys.info
         copied = keys.copied()
         prefix = self._target.key(trials) if trials else ""
-        if self._on_target("begin_install", [keys.ballots, live, *copied], [self._ballot, prefix])[0] != OK:
+        seq, last = ("", "") if self._replaced is None else self._replaced.base
+        args = (self._ballot, self._copy, prefix, seq, last)
+        if self._on_target("begin_install", [keys.ballots, live, *copied], args)[0] != OK:
             return False
         if isinstance(keys, StudyKeys):
             numbers = self._from_source("HKEYS", live)
@@ -62,19 +86,22 @@ class Copy:
         for key in copied:
             for command, words in self._parts(key):
                 request = Request()
-                args = (self._ballot, command, *words)
-                self._target.send_script(masters_script("install_part"), [keys.ballots, key], args, request)
+                part = (self._copy, command, *words)
+                self._target.send_script(masters_script("install_part"), [keys.ballots, key], part, request)
                 sent.append(request)
                 if len(sent) >= 8:
                     self._check(sent.pop(0))
                 self._extend_lease()
         for request in sent:
             self._check(request)
-        seq, last = self._from_source("HMGET", keys.ballots, "s", "i")
-        if seq is None:
+        # The source stood still only if nobody else got its promise meanwhile.
+        promised, seq, last = self._from_source("HMGET", keys.ballots, "p", "s", "i")
+        if promised != self._ballot.encode() or (int(seq), last.decode()) != self._best.base:
             return False
-        reply = self._on_target("end_install", [keys.ballots], [self._ballot, seq, last])
-        return bool(reply[0] == OK)
+        whole = self._on_target(
+            "end_install", [keys.ballots], [self._copy, self._ballot, seq, last, str(self._known)]
+        )
+        return bool(whole[0] == OK)
 
     def _parts(self, key: str) -> Iterator[tuple[str, Sequence[Argument]]]:
         """The commands that make a key anew."""
@@ -174,8 +201,8 @@ class Repairs:
 def revive(ensemble: Ensemble, master: Master) -> None:
     """Move what an earlier run of a master has left to its present run, object by object.
 
-    Only where no others are left to copy from. The earlier run voted with this data; what it promised to clients
-    of before does not matter, as their connections are gone and their ballots are not known to this run.
+    Only where no others are left to copy from. The earlier run voted with this data; its promises hold no more,
+    but the connections of those who got them are gone too.
     """
     earlier = on_master(ensemble.prefix, master.address, master.earlier_run)
 
@@ -202,4 +229,10 @@ def revive(ensemble: Ensemble, master: Master) -> None:
             ("EVALSHA", script.sha, len(packed_keys), *packed_keys, object_of(keys.ballots)), request
         )
         ensemble.reply_of(master, request, _PATIENCE)
+        known = Runs([ask("HGET", master.key(keys.ballots), "k") or b""])
+        for other in ensemble.masters:
+            if other.connected:
+                known.begin(other.index, other.run)
+        ask("HSET", master.key(keys.ballots), "k", str(known))
+    ask("HSET", master.run_key, master.run, int(time.time() * 1e6))
     master.earlier_run = ""

@@ -51,7 +51,7 @@ def script(name: str) -> Script:
 
 @cache
 def all_scripts() -> tuple[Script, ...]:
-    """The scripts for one server, in the order of their names; files that start with `_` are only included."""
+    """The scripts for one server, in the order of their names; files that begin with `_` are included."""
     return tuple(script(name) for name in _names("lua"))
 
 

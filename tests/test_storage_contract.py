@@ -43,7 +43,9 @@ class TestOnServer(StorageTestCase):
         return RedisLockedStorage(url)
 
 
-@pytest.fixture(scope="module", params=[("valkey", 2), ("valkey", 3), ("replicated", 3), ("keydb", 2)], ids=str)
+@pytest.fixture(
+    scope="module", params=[("valkey", 2), ("valkey", 3), ("replicated", 3), ("keydb", 2)], ids=str
+)
 def masters(request: pytest.FixtureRequest) -> Iterator[Masters]:
     """Several masters, plain ones and such as replicate among each other."""
     kind, n = request.param

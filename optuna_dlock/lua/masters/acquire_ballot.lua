@@ -1,10 +1,10 @@
 -- acquire_ballot: promise this master's vote for the next sections of an object, and start a lease.
--- KEYS[1] ballots (hash: p promised, l lease end in ms, a accepted, s sequence number, i last section)
+-- KEYS[1] ballots (hash: p promised, l lease end in ms, a accepted, s sequence number, i last section, k known runs)
 -- ARGV[1] ballot  ARGV[2] ttl in ms
--- Returns {0, accepted ballot, sequence number, last section} | {-20} NO_DATA | {-21, promised ballot} STALE_BALLOT
---   | {-23, promised ballot} LEASED
+-- Returns {0, accepted ballot, sequence number, last section, known runs} | {-20} NO_DATA
+--   | {-21, promised ballot} STALE_BALLOT | {-23, promised ballot} LEASED
 -- Retry-safe: the same ballot again starts its lease anew.
-local f = redis.call('HMGET', KEYS[1], 'p', 'l', 'a', 's', 'i')
+local f = redis.call('HMGET', KEYS[1], 'p', 'l', 'a', 's', 'i', 'k')
 if not f[4] then
   return {-20} -- no data, or not all of it yet: a master that has forgotten must not vote
 end
@@ -19,4 +19,4 @@ if f[1] ~= ARGV[1] then
   end
 end
 redis.call('HSET', KEYS[1], 'p', ARGV[1], 'l', string.format('%.0f', now + ARGV[2]))
-return {0, f[3], f[4], f[5]}
+return {0, f[3], f[4], f[5], f[6] or ''}

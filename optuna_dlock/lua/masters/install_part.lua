@@ -1,8 +1,8 @@
--- install_part: one command of a copy, unless a later copier has begun.
+-- install_part: one command of a copy, unless a later copy has begun.
 -- KEYS[1] ballots (hash)  KEYS[2] key
--- ARGV[1] ballot of the copier  ARGV[2] command  ARGV[3..] its arguments after the key
+-- ARGV[1] name of the copy  ARGV[2] command  ARGV[3..] its arguments after the key
 -- Returns {0} | {-21} STALE_BALLOT
--- Retry-safe: after a lost reply the copier begins again.
+-- Retry-safe: it is sent once; after a lost reply the copier begins another copy.
 if redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then
   return {-21}
 end
