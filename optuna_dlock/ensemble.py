@@ -52,6 +52,7 @@ _TTL_MS = 2000  # of a section's lease: how long a holder that died keeps others
 _GRACE = 0.02  # seconds that a read waits for the last masters before it asks again
 _GATE = 0.05  # seconds that the master that is asked first may take before the others are asked too
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
+_READ_TRIES = 3  # undecided reads before one is made a section
 _READ_COMMANDS = frozenset(
     ("GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
 )
@@ -332,8 +333,12 @@ class Ensemble:
             if isinstance(reply, list) and reply[0] in (STALE_BALLOT, LEASED):
                 obj.highest = max(obj.highest, reply[1].decode())
 
-    def _acquire(self, obj: _Object) -> bool:
-        """Get the promises of a majority, and bring enough of it to the latest state any of it has."""
+    def _acquire(self, obj: _Object, thoroughly: bool = False) -> bool:
+        """Get the promises of a majority, and bring enough of it to the latest state any of it has.
+
+        Args:
+            thoroughly: Whether masters that are not needed get a copy too, if a replay is not enough.
+        """
         ballot = self.ballots.next(obj.highest)
         obj.is_lacking = False
         request, runs = self._ask_for_votes(obj, ballot, self.masters, gate=True)
@@ -356,8 +361,11 @@ class Ensemble:
         behind = {index: state for index, state in states.items() if index not in at_best}
         if behind:
             at_best |= self._replay(obj, ballot, best_index, best, behind)
-        if len(at_best) < self.q:
-            for index in behind.keys() - at_best:
+        left = behind.keys() - at_best
+        if left and self._repairs is not None:
+            self._repairs.ask_for(*left)
+        if thoroughly or len(at_best) < self.q:
+            for index in left:
                 if self._install(obj, ballot, best_index, best, index, behind[index], known):
                     at_best.add(index)
         if len(at_best) < self.q:
@@ -492,19 +500,19 @@ class Ensemble:
             for request in requests:
                 self._raise_refusals(request, calls[0][0])
                 self._note_behind(obj, request)
+            if name == "get_stale_trials" and self._count(last, OK) >= self.q:
+                return [_stale_on_all(request) for request in requests]
             indexes = [self._decided(request) for request in requests]
             if None not in indexes:
-                if name == "get_stale_trials":
-                    return [_stale_on_all(request) for request in requests]
                 return [r.replies[i][4] for r, i in zip(requests, indexes, strict=True) if i is not None]
             lacking = any(self._count(r, NO_DATA) > len(self.masters) - self.q for r in requests)
             if lacking and self._is_unknown(obj):
                 return [[NO_STUDY] for _ in calls]
             tries += 1
             self.waits += 1
-            if tries % 4 == 0 and all(self._count(r, OK) >= self.q for r in requests):
-                self._section("confirm_state", [obj.ballots_key], [], collect=False)
-                continue
+            if tries >= _READ_TRIES and not lacking:
+                # Others write all the time, or one left something on a minority: take a turn as a writer does.
+                return [self._section(name, keys, args, collect=False) for keys, args in calls]
             trying = trying or self._trying(longest=0.05, first=0.0005)
             next(trying)
 
@@ -734,7 +742,8 @@ class Ensemble:
                 self.rebuild(obj.name, index)
             return
         revivable = [index for index in without if self.masters[index].earlier_run]
-        if revivable and len(revivable) + others >= self.q:
+        if len(revivable) == len(self.masters):
+            # All have restarted. With less than all of them, one that still has newer data might be left out.
             for index in revivable:
                 self.revive(index)
 
@@ -827,16 +836,20 @@ class Ensemble:
                 return False
             whole = True
             for name in names:
-                lacks = self._ask_raw(index, name)
-                if lacks and not self.rebuild(name, index):
-                    whole = False
+                if self._lacks(index, name):
+                    whole = self.rebuild(name, index) and whole
+                else:
+                    obj = self._object(name + "ballots")
+                    whole = self._acquire(obj, thoroughly=True) and whole
+                    if obj.ballot is not None:
+                        self._release(obj, obj.ballot)
             if whole:
                 master.send_plain(("SET", self.keys.members, "v:" + ",".join(self.members), "NX"), Request())
                 self._note_run(master)
                 self._receive(0.01)
             return whole
 
-    def _ask_raw(self, index: int, name: str) -> bool:
+    def _lacks(self, index: int, name: str) -> bool:
         """Whether a master has no data of an object."""
         request = Request()
         key = name + "ballots"
@@ -850,7 +863,7 @@ class Ensemble:
             ConnectionError: If it does not come, or is a refusal.
         """
         reply = self._wait_for(master, request, limit)
-        if reply is None or isinstance(reply, RefusalError):
+        if master.index not in request.replies or isinstance(reply, RefusalError):
             raise ConnectionError(f"{master.address} does not answer: {reply}")
         return reply
 

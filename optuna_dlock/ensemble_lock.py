@@ -103,7 +103,7 @@ class EnsembleLocks:
         return seen[1]
 
     def _dead(self, name: str, held: bytes) -> tuple[str, str]:
-        """Ticket and renewals of a holder that did not renew its lease for its whole ttl; else two empty texts."""
+        """Ticket and renewals of a holder that has not renewed its lease for its ttl; else empty texts."""
         since = self._unchanged_since(name, held)
         ttl = int(held.split(b" ", 4)[3]) / 1000
         return self._seen[name][0] if time.monotonic() - since > ttl else ("", "")

@@ -236,6 +236,10 @@ class Master:
         """A key's name on this master, in this run."""
         return self.key_prefix + name[len(self._prefix) :]
 
+    def staged(self, name: str) -> str:
+        """A key's name while it is being copied to this master, in this run."""
+        return self.key_prefix + "+" + name[len(self._prefix) :]
+
     def send(self, packed: bytes, request: Request) -> None:
         """Send one command; its reply goes to the request."""
         if self._channel is None:

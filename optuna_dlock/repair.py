@@ -1,4 +1,4 @@
-"""Masters that have forgotten: copies of objects, the thread that makes them, the start after all were down."""
+"""Masters that have forgotten: copies, the thread that makes them, the start after all were down."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _PAUSE = 0.5  # seconds between two attempts to repair a master
 class Copy:
     """A copy of one object from one master to another, fenced by a ballot.
 
-    Until it is whole the target does not vote, and a later copy refuses what is left of an earlier one.
+    It grows beside what the target has, and takes its place in one step; a later copy refuses what is left of an
+    earlier one.
 
     Args:
         copy: Name of this copy.
@@ -70,25 +71,25 @@ class Copy:
             return False
 
     def _run(self) -> bool:
-        keys = self._keys
-        trials = keys.trial_base if isinstance(keys, StudyKeys) else ""
-        live = keys.live if isinstance(keys, StudyKeys) else keys.info
-        copied = keys.copied()
-        prefix = self._target.key(trials) if trials else ""
-        seq, last = ("", "") if self._replaced is None else self._replaced.base
-        args = (self._ballot, self._copy, prefix, seq, last)
-        if self._on_target("begin_install", [keys.ballots, live, *copied], args)[0] != OK:
+        keys, target = self._keys, self._target
+        first = keys.live if isinstance(keys, StudyKeys) else keys.info
+        copied = [first, *(key for key in keys.copied() if key != first)]
+        bases = [keys.trial_base] if isinstance(keys, StudyKeys) else []
+        trials = target.key(bases[0]) if bases else ""
+        staged_trials = target.staged(bases[0]) if bases else ""
+        ballots = target.key(keys.ballots)
+        staged = [target.staged(key) for key in copied]
+        if self._on_target("begin_install", [ballots, *staged], [self._copy, staged_trials])[0] != OK:
             return False
+        parts = list(copied)
         if isinstance(keys, StudyKeys):
-            numbers = self._from_source("HKEYS", live)
-            copied += [keys.trial(int(number)) for number in numbers]
+            numbers = self._from_source("HKEYS", first)
+            parts += [keys.trial(int(number)) for number in numbers]
         sent: list[Request] = []
-        for key in copied:
+        for key in parts:
             for command, words in self._parts(key):
-                request = Request()
                 part = (self._copy, command, *words)
-                self._target.send_script(masters_script("install_part"), [keys.ballots, key], part, request)
-                sent.append(request)
+                sent.append(self._send("install_part", [ballots, target.staged(key)], part))
                 if len(sent) >= 8:
                     self._check(sent.pop(0))
                 self._extend_lease()
@@ -98,15 +99,15 @@ class Copy:
         promised, seq, last = self._from_source("HMGET", keys.ballots, "p", "s", "i")
         if promised != self._ballot.encode() or (int(seq), last.decode()) != self._best.base:
             return False
-        whole = self._on_target(
-            "end_install", [keys.ballots], [self._copy, self._ballot, seq, last, str(self._known)]
-        )
-        return bool(whole[0] == OK)
+        replaced = ("", "") if self._replaced is None else self._replaced.base
+        args = (self._copy, self._ballot, seq, last, str(self._known), *replaced, trials, staged_trials)
+        real = [target.key(key) for key in copied]
+        return bool(self._on_target("end_install", [ballots, *real, *staged], args)[0] == OK)
 
     def _parts(self, key: str) -> Iterator[tuple[str, Sequence[Argument]]]:
         """The commands that make a key anew."""
         kind = type_of_key(key)
-        if kind == "hash":
+        if kind == "hash" or key.endswith(":lock"):
             cursor: Any = "0"
             while True:
                 cursor, flat = self._from_source("HSCAN", key, cursor, "COUNT", _CHUNK)
@@ -136,19 +137,17 @@ class Copy:
                     master.send_script(script, [self._keys.ballots], [self._ballot, _TTL_MS], Request())
 
     def _from_source(self, command: str, key: str, *args: Argument) -> Any:
-        return self._reply(
-            self._source, lambda r: self._source.send_plain((command, self._source.key(key), *args), r)
-        )
+        request = Request()
+        self._source.send_plain((command, self._source.key(key), *args), request)
+        return self._ensemble.reply_of(self._source, request, _PATIENCE)
 
     def _on_target(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        return self._reply(
-            self._target, lambda r: self._target.send_script(masters_script(name), keys, args, r)
-        )
+        return self._ensemble.reply_of(self._target, self._send(name, keys, args), _PATIENCE)
 
-    def _reply(self, master: Master, send: Callable[[Request], None]) -> Any:
-        request = Request()
-        send(request)
-        return self._ensemble.reply_of(master, request, _PATIENCE)
+    def _send(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Request:
+        request, sha = Request(), masters_script(name).sha
+        self._target.send_plain(("EVALSHA", sha, len(keys), *keys, *args), request)
+        return request
 
     def _check(self, request: Request) -> None:
         if self._ensemble.reply_of(self._target, request, _PATIENCE)[0] != OK:
@@ -168,9 +167,9 @@ class Repairs:
         self._thread: threading.Thread | None = None
         self._stopped = False
 
-    def ask_for(self, index: int) -> None:
-        """A master was seen without data that others have."""
-        self._wanted.add(index)
+    def ask_for(self, *indexes: int) -> None:
+        """Masters were seen without data that others have."""
+        self._wanted.update(indexes)
         if self._thread is None or not self._thread.is_alive():
             self._stopped = False
             self._thread = threading.Thread(target=self._work, name="repair masters", daemon=True)
@@ -201,8 +200,8 @@ class Repairs:
 def revive(ensemble: Ensemble, master: Master) -> None:
     """Move what an earlier run of a master has left to its present run, object by object.
 
-    Only where no others are left to copy from. The earlier run voted with this data; its promises hold no more,
-    but the connections of those who got them are gone too.
+    Only where all masters restarted, so that none is left to copy from. The earlier run voted with this data.
+    Its promises hold no more, but the connections of those who got them are gone too.
     """
     earlier = on_master(ensemble.prefix, master.address, master.earlier_run)
 

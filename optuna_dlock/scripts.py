@@ -87,7 +87,7 @@ def all_masters_scripts() -> tuple[Script, ...]:
     """Everything that one of several masters has to know."""
     own = set(_names("lua", "masters")) - set(SECTIONS) - set(READS)
     return (
-        *(wrapped("fenced", name) for name in SECTIONS),
+        *(wrapped("fenced", name) for name in (*SECTIONS, *READS)),
         *(wrapped("versioned", name) for name in READS),
         *(wrapped("present", name) for name in HINTS),
         *(masters_script(name) for name in sorted(own)),

@@ -1,5 +1,5 @@
 -- install_part: one command of a copy, unless a later copy has begun.
--- KEYS[1] ballots (hash)  KEYS[2] key
+-- KEYS[1] ballots (hash)  KEYS[2] copied key
 -- ARGV[1] name of the copy  ARGV[2] command  ARGV[3..] its arguments after the key
 -- Returns {0} | {-21} STALE_BALLOT
 -- Retry-safe: it is sent once; after a lost reply the copier begins another copy.
