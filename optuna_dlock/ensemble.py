@@ -50,6 +50,8 @@ _logger = logging.getLogger(__name__)
 
 _TTL_MS = 2000  # of a section's lease: how long a holder that died keeps others waiting
 _GRACE = 0.02  # seconds that a read waits for the last masters before it asks again
+_SLOWEST = 0.05  # seconds that one that has its majority waits for the votes of the rest
+_ASKED_AGAIN = 5  # times
 _GATE = 0.05  # seconds that the master that is asked first may take before the others are asked too
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
 _READ_TRIES = 3  # undecided reads before one is made a section
@@ -347,7 +349,8 @@ class Ensemble:
             return False
         if self._accepted(request):
             # Who has not answered yet may refuse the section, and then has to catch up with it later.
-            self._wait_for_all(request, 0.003, or_slow=True)
+            self._wait_for_all(request, _SLOWEST, or_slow=True)
+            self._ask_again(obj, ballot, request)
         self._learn(obj, request)
         self._raise_refusals(request, [obj.ballots_key])
         self._note_behind(obj, request)
@@ -398,6 +401,22 @@ class Ensemble:
                     return request, runs
         self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
         return request, runs
+
+    def _ask_again(self, obj: _Object, ballot: str, request: Request) -> None:
+        """Get the votes of masters where the last holder's lease is about to end.
+
+        It has its majority and has sent its section to them too. It may go on, as it knows of nobody else yet, and
+        what it would run there alone could only be undone by a copy.
+        """
+        script = masters_script("acquire_ballot")
+        for _ in range(_ASKED_AGAIN):
+            leased = [i for i, r in request.replies.items() if isinstance(r, list) and r[0] == LEASED]
+            if not leased:
+                return
+            for index in leased:
+                del request.replies[index]
+                self.masters[index].send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
+            self._wait_for_all(request, _SLOWEST, or_slow=True)
 
     def _is_taken(self, request: Request) -> bool:
         """Whether somebody else has the turn, as the only master says that was asked so far."""
