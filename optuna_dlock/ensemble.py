@@ -7,9 +7,9 @@ who may run the next one, after which (CASPaxos: Rystsov, "CASPaxos: Replicated 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-import random
 import secrets
 import select
 import threading
@@ -141,10 +141,11 @@ class Ensemble:
         self._objects: dict[str, _Object] = {}
         self._outstanding: deque[tuple[Post, _Object, Request]] = deque()
         self._greeted = False
-        self._repairs = Repairs(self._make_repairer) if self._repairing else None
-
-    def _make_repairer(self) -> Ensemble:
-        return Ensemble(self._servers, self.prefix, self.timeout, clock=self._clock, repair=False)
+        self._repairs: Repairs | None = None
+        if self._repairing:
+            # No bound method: in a cycle, sockets would be collected before the connections that close them.
+            args = (self._servers, self.prefix, self.timeout)
+            self._repairs = Repairs(functools.partial(Ensemble, *args, clock=self._clock, repair=False))
 
     def forget(self) -> None:
         """In a forked child: leave the parent's connections and writes to the parent."""
@@ -159,7 +160,7 @@ class Ensemble:
         """Close the connections; the next call opens others."""
         with self.lock:
             for master in self.masters:
-                master.drop(ConnectionError("closed"))
+                master.close()
         if self._repairs is not None:
             self._repairs.stop()
 
@@ -405,8 +406,8 @@ class Ensemble:
     def _ask_again(self, obj: _Object, ballot: str, request: Request) -> None:
         """Get the votes of masters where the last holder's lease is about to end.
 
-        It has its majority and has sent its section to them too. It may go on, as it knows of nobody else yet, and
-        what it would run there alone could only be undone by a copy.
+        It has its majority and has sent its section to them too. It may go on, as it knows of nobody else
+        yet, and what it would run there alone could only be undone by a copy.
         """
         script = masters_script("acquire_ballot")
         for _ in range(_ASKED_AGAIN):
@@ -530,7 +531,7 @@ class Ensemble:
             tries += 1
             self.waits += 1
             if tries >= _READ_TRIES and not lacking:
-                # Others write all the time, or one left something on a minority: take a turn as a writer does.
+                # Others write all the time, or one left something on a minority: take a turn as writers do.
                 return [self._section(name, keys, args, collect=False) for keys, args in calls]
             trying = trying or self._trying(longest=0.05, first=0.0005)
             next(trying)
@@ -710,16 +711,11 @@ class Ensemble:
                     break
                 if self._count(request, NO_DATA) > len(self.masters) - self.q:
                     self._recover(registry, request)
-                    continue
-            self._receive(0.005)
-            if self._time_to_count():
-                next(trying)
+            self._receive(0.002)
+            next(trying)
         self._greeted = True
         if len(self.masters) % 2 == 0:
             _warn_once(self.members)
-
-    def _time_to_count(self) -> bool:
-        return not any(m.connecting for m in self.masters) or random.random() < 0.2
 
     def _check_names(self) -> None:
         runs: dict[str, str] = {}
@@ -762,7 +758,7 @@ class Ensemble:
             return
         revivable = [index for index in without if self.masters[index].earlier_run]
         if len(revivable) == len(self.masters):
-            # All have restarted. With less than all of them, one that still has newer data might be left out.
+            # All have restarted. With fewer, one that still has newer data might be left out.
             for index in revivable:
                 self.revive(index)
 

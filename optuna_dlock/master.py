@@ -94,11 +94,6 @@ class Master:
         """Whether requests can be sent."""
         return self._channel is not None
 
-    @property
-    def connecting(self) -> bool:
-        """Whether an attempt to connect is under way."""
-        return self._attempt is not None
-
     def fileno(self) -> int:
         """The socket to wait for."""
         assert self._channel is not None  # noqa: S101 asked of connected masters only
@@ -141,7 +136,10 @@ class Master:
             run, earlier = self._look_at(channel)
             for script in all_masters_scripts():
                 self._call(channel, "SCRIPT", "LOAD", script.source)
-            self._made = channel, run, earlier
+            if threading.current_thread() is self._attempt:
+                self._made = channel, run, earlier
+            else:
+                channel.close()  # nobody waits for it any more
             return
         except (redis_errors.AuthenticationError, redis_errors.ResponseError) as error:
             self._refused(refusal(error))
@@ -222,6 +220,17 @@ class Master:
             request.lost.add(self.index)
         self._owed.clear()
         self._next_attempt = 0.0
+
+    def close(self) -> None:
+        """Give up the connection, and an attempt to make one; `tend` makes another one."""
+        self.drop(ConnectionError("closed"))
+        self._attempt, made, self._made = None, self._made, None
+        if made is not None:
+            made[0].close()
+
+    def __del__(self) -> None:
+        if "_made" in self.__dict__:
+            self.close()
 
     def forget(self) -> None:
         """In a forked child: leave the parent's connection to the parent."""

@@ -29,8 +29,8 @@ _PAUSE = 0.5  # seconds between two attempts to repair a master
 class Copy:
     """A copy of one object from one master to another, fenced by a ballot.
 
-    It grows beside what the target has, and takes its place in one step; a later copy refuses what is left of an
-    earlier one.
+    It grows beside what the target has, and takes its place in one step; a later copy refuses what is left of
+    an earlier one.
 
     Args:
         copy: Name of this copy.

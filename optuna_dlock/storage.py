@@ -8,7 +8,7 @@ import secrets
 import uuid
 from collections.abc import Callable, Container, Sequence
 from copy import deepcopy as copy_deeply
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import redis
 from optuna.distributions import BaseDistribution
@@ -20,8 +20,8 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, trial_id_of
-from optuna_dlock.distributed_lock import DistributedLock, LockBackend
-from optuna_dlock.ensemble import AnyNode, Ensemble
+from optuna_dlock.distributed_lock import DistributedLock
+from optuna_dlock.ensemble import Ensemble
 from optuna_dlock.ensemble_lock import EnsembleLocks
 from optuna_dlock.errors import DLockError, TrialNotFoundError
 from optuna_dlock.lock import LockManager
@@ -126,6 +126,8 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         self._server = (
             server_of_client(url, prefix) if isinstance(url, redis.Redis) else server_of_url(url, prefix)
         )
+        if lock != "redlock" and self._server.masters:
+            raise ValueError(f"lock={lock!r} works on one master only; {self._server.address} are several")
         self._connect()
         self._node.command("PING")
 
@@ -140,14 +142,14 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
             self._connect_to_masters()
             return
         make_connection = self._server.connection_factory(self._timeout)
-        self._node: AnyNode = Node(
+        self._node = Node(
             make_connection,
             self._server.address,
             self._timeout,
             on_connect=self._registry.check_server,
             on_fork=self._start_anew,
         )
-        self._locks: LockBackend = _lock_manager(self._lock_backend)(
+        self._locks = _lock_manager(self._lock_backend)(
             make_connection, self._server.address, self._timeout, self._server.prefix
         )
         self._start_anew()
@@ -155,8 +157,9 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
     def _connect_to_masters(self) -> None:
         servers = [(m.address, m.connection_factory(self._timeout)) for m in self._server.masters]
         prefix = self._server.prefix
-        self._node = Ensemble(servers, prefix, self._timeout, on_fork=self._start_anew)
-        self._locks = EnsembleLocks(Ensemble(servers, prefix, self._timeout))
+        # The same faces: what is used of them here is what both have.
+        self._node = cast("Node", Ensemble(servers, prefix, self._timeout, on_fork=self._start_anew))
+        self._locks = cast("LockManager", EnsembleLocks(Ensemble(servers, prefix, self._timeout)))
         self._start_anew()
 
     def _start_anew(self) -> None:

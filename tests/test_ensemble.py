@@ -1,0 +1,354 @@
+"""Several masters: who is refused, what is said when they are away, and what a fenced section does."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import optuna_dlock.ensemble
+from optuna_dlock import RedisLockedStorage
+from optuna_dlock.ensemble import Ensemble
+from optuna_dlock.errors import (
+    AccessDeniedError,
+    InvalidURLError,
+    LockNotAcquiredError,
+    MembershipError,
+    QuorumError,
+    ServerConfigurationError,
+)
+from tests.masters import Masters
+from tests.servers import Server
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Masters]:
+    """Three plain masters that no test stops."""
+    with Masters("valkey", 3) as masters:
+        yield masters
+
+
+@pytest.fixture
+def url(three: Masters) -> str:
+    """Their URL, with a key space of its own."""
+    return f"{three.url}?prefix=e{next(_numbers)}"
+
+
+def ensemble_of(storage: RedisLockedStorage) -> Ensemble:
+    return cast("Ensemble", storage._node)
+
+
+def create(storage: RedisLockedStorage) -> int:
+    return optuna.create_study(storage=storage)._study_id
+
+
+def keys_of(masters: Masters) -> list[bytes]:
+    return [key for server in masters.servers for key in server.command("KEYS", "*")]
+
+
+# -- who is refused --------------------------------------------------------------------------------
+
+
+def test_a_worker_with_another_list_is_refused_and_told_the_right_one(three: Masters, url: str) -> None:
+    """G8."""
+    with RedisLockedStorage(url):
+        pass
+    short = url.replace(f",127.0.0.1:{three.servers[2].port}", "")
+    with pytest.raises(MembershipError, match="give all workers the same list") as caught:
+        RedisLockedStorage(short, timeout=5.0)
+    assert len(caught.value.members) == 3
+    assert str(three.servers[2].port) in str(caught.value)
+
+
+def test_the_url_of_one_master_is_refused(three: Masters, url: str) -> None:
+    """G8: this worker would count trials of its own."""
+    with RedisLockedStorage(url):
+        pass
+    single = f"{three.urls[0]}?prefix={url.partition('prefix=')[2]}"
+    with pytest.raises(MembershipError, match="give their whole list"):
+        RedisLockedStorage(single, timeout=5.0)
+
+
+def test_masters_that_hold_studies_of_a_single_server_are_refused(three: Masters, url: str) -> None:
+    with RedisLockedStorage(f"{three.urls[1]}?prefix={url.partition('prefix=')[2]}") as storage:
+        create(storage)
+    with pytest.raises(MembershipError, match="single server"):
+        RedisLockedStorage(url, timeout=5.0)
+
+
+def test_the_same_server_under_two_names_is_refused_and_nothing_is_written(valkey: Server) -> None:
+    before = valkey.command("DBSIZE")
+    with pytest.raises(ServerConfigurationError, match="the same server"):
+        RedisLockedStorage(
+            f"redis://127.0.0.1:{valkey.port},localhost:{valkey.port}/0?prefix=twice", timeout=5.0
+        )
+    assert valkey.command("DBSIZE") == before
+
+
+@pytest.mark.parametrize(
+    ("urls", "what"),
+    [
+        (["redis://h:1", "redis://h:1"], "listed twice"),
+        (["redis://h:1?prefix=a", "redis://h:2?prefix=b"], "different prefixes"),
+        (["redis://h:1", "embedded:x"], "embedded"),
+        ([], "empty list"),
+    ],
+)
+def test_a_list_that_makes_no_sense_is_refused(urls: list[str], what: str) -> None:
+    with pytest.raises(InvalidURLError, match=what):
+        RedisLockedStorage(urls)
+
+
+def test_lock_pottery_is_refused_on_several_masters(url: str) -> None:
+    with pytest.raises(ValueError, match="one master"):
+        RedisLockedStorage(url, lock="pottery")
+
+
+def test_a_master_that_evicts_keys_is_refused() -> None:
+    with Masters("valkey", 3) as masters:
+        masters.servers[1].command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        with pytest.raises(ServerConfigurationError, match="noeviction"):
+            RedisLockedStorage(masters.url, timeout=5.0)
+
+
+def test_a_wrong_password_is_told_at_once_and_not_shown() -> None:
+    with Server("valkey", password="right") as one, Server("valkey", password="right") as two:  # noqa: S106
+        start = time.monotonic()
+        with pytest.raises(AccessDeniedError) as caught:
+            RedisLockedStorage(f"redis://:wrong1@127.0.0.1:{one.port},127.0.0.1:{two.port}/0", timeout=20.0)
+        assert time.monotonic() - start < 10
+        assert "wrong1" not in str(caught.value)
+        with RedisLockedStorage(f"redis://:right@127.0.0.1:{one.port},127.0.0.1:{two.port}/0") as storage:
+            assert "right" not in repr(storage)
+
+
+# -- masters that are away -------------------------------------------------------------------------
+
+
+def test_without_a_majority_a_call_waits_and_then_names_each_master() -> None:
+    with Masters("valkey", 3) as masters:
+        storage = RedisLockedStorage(masters.url, timeout=1.0)
+        study_id = create(storage)
+        masters.kill(0)
+        masters.kill(1)
+        with pytest.raises(QuorumError) as caught:
+            storage.create_new_trial(study_id)
+        error = caught.value
+        assert (error.needed, error.answered, len(error.nodes)) == (2, 1, 3)
+        assert all(f"127.0.0.1:{server.port}" in str(error) for server in masters.servers)
+        assert pickle.loads(pickle.dumps(error)).nodes == error.nodes
+
+
+def test_a_call_that_waits_goes_on_as_soon_as_a_majority_is_back() -> None:
+    with Masters("valkey", 3, appendonly=True) as masters:
+        storage = RedisLockedStorage(masters.url, timeout=30.0)
+        study_id = create(storage)
+        masters.kill(0)
+        assert storage.create_new_trial(study_id) & 0xFFFF == 0
+        made: list[int] = []
+        masters.pause(1)
+        thread = threading.Thread(target=lambda: made.append(storage.create_new_trial(study_id)))
+        thread.start()
+        time.sleep(0.3)
+        assert not made
+        masters.resume(1)
+        thread.join(20)
+        assert [trial_id & 0xFFFF for trial_id in made] == [1]
+
+
+def test_a_new_ensemble_begins_only_with_all_masters() -> None:
+    with Masters("valkey", 3) as masters:
+        masters.kill(2)
+        with pytest.raises(QuorumError):
+            RedisLockedStorage(masters.url, timeout=1.0)
+        assert keys_of_running(masters) == []
+
+
+def keys_of_running(masters: Masters) -> list[bytes]:
+    return [key for server in masters.servers[:2] for key in server.command("KEYS", "*")]
+
+
+def test_two_of_three_that_lost_their_data_are_not_taken_for_a_majority() -> None:
+    """G2, G8: what only the third one has would be lost."""
+    with Masters("valkey", 3) as masters:
+        storage = RedisLockedStorage(masters.url, timeout=2.0)
+        study_id = create(storage)
+        storage.create_new_trial(study_id)
+        storage.close()
+        for index in (0, 1):
+            masters.kill(index)
+        for index in (0, 1):
+            masters.start(index)
+        with pytest.raises(QuorumError):
+            RedisLockedStorage(masters.url, timeout=2.0).get_all_trials(study_id)
+
+
+# -- sections --------------------------------------------------------------------------------------
+
+
+def test_a_holder_that_was_paused_past_its_lease_is_refused_and_goes_on(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1, G7: 200 rounds in which the lease runs out between acquire and commit."""
+    monkeypatch.setattr(optuna_dlock.ensemble, "_TTL_MS", 1)
+    slow, quick = RedisLockedStorage(url), RedisLockedStorage(url)
+    study_id = create(slow)
+    ensemble = ensemble_of(slow)
+    real, refused = ensemble._send_section, 0
+    numbers: list[int] = []
+
+    def overtaken(*args: object) -> object:
+        nonlocal refused
+        monkeypatch.setattr(ensemble, "_send_section", real)
+        time.sleep(0.003)  # three times the lease
+        numbers.append(quick.create_new_trial(study_id) & 0xFFFF)
+        request = real(*args)  # type: ignore[arg-type]
+        refused += not ensemble._wait_for_section(request)
+        return request
+
+    for _ in range(200):
+        monkeypatch.setattr(ensemble, "_send_section", overtaken)
+        numbers.append(slow.create_new_trial(study_id) & 0xFFFF)
+    assert sorted(numbers) == list(range(400))
+    assert [t.number for t in quick.get_all_trials(study_id)] == list(range(400))
+    assert refused == 200, "a section is run under a ballot that is the promised one, or not at all"
+
+
+def test_a_section_that_reached_one_master_only_is_adopted_or_never_seen(url: str) -> None:
+    """G1: what a client left behind is on a minority; the next one takes it over: no number is skipped."""
+    dying, next_one = RedisLockedStorage(url), RedisLockedStorage(url)
+    study_id = create(dying)
+    dying.create_new_trial(study_id)
+    masters = ensemble_of(dying).masters
+    kept = [master.send_script for master in masters[1:]]
+    for master in masters[1:]:
+        master.send_script = lambda *args, index=master.index: args[3].lost.add(index)  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: _ignore_quorum(dying, study_id), daemon=True)
+    thread.start()
+    time.sleep(0.05)
+    numbers = [next_one.create_new_trial(study_id) & 0xFFFF for _ in range(3)]
+    trials = next_one.get_all_trials(study_id)
+    assert [t.number for t in trials] == list(range(len(trials)))
+    assert numbers == list(range(numbers[0], numbers[0] + 3))
+    for master, send in zip(masters[1:], kept, strict=True):
+        master.send_script = send  # type: ignore[method-assign]
+    thread.join(20)
+    assert [t.number for t in next_one.get_all_trials(study_id)] == list(
+        range(len(trials) + (numbers[0] == 1))
+    )
+
+
+def _ignore_quorum(storage: RedisLockedStorage, study_id: int) -> None:
+    storage.create_new_trial(study_id)
+
+
+def test_alone_a_section_is_one_round_trip_and_writes_wait_for_nothing(url: str) -> None:
+    storage = RedisLockedStorage(url)
+    study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler())
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    trial = study.ask()
+    node = storage._node
+    before = node.waits
+    trial.suggest_float("x", 0, 1)
+    trial.set_user_attr("a", 1)
+    trial.report(0.5, 1)
+    assert node.waits == before
+    assert node.outstanding == 3
+    storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+    assert node.waits == before + 1
+    assert node.outstanding == 0
+
+
+def test_a_master_that_missed_little_and_one_that_missed_much_catch_up() -> None:
+    """By replaying sections, and by a copy."""
+    with Masters("valkey", 3) as masters:
+        storage = RedisLockedStorage(masters.url)
+        study_id = create(storage)
+        for missed in (10, 1500):
+            masters.pause(2)
+            for _ in range(missed):
+                storage.create_new_trial(study_id)
+            masters.resume(2)
+            _wait_until(lambda: _level(storage, study_id), f"a master that missed {missed} sections")
+
+
+def _level(storage: RedisLockedStorage, study_id: int) -> bool:
+    storage.create_new_trial(study_id)
+    ensemble = ensemble_of(storage)
+    with ensemble.lock:
+        key = storage._registry.study_keys(study_id).ballots
+        request = ensemble._send_read("read_key", [key], ["HLEN"])
+        ensemble._wait_for_all(request, 1.0)
+        states = [reply[2] for reply in request.replies.values() if isinstance(reply, list) and reply[0] == 0]
+    return len(states) == 3 and len(set(states)) == 1
+
+
+def _wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+# -- locks -----------------------------------------------------------------------------------------
+
+
+def test_the_lock_of_several_masters_excludes_and_its_tokens_rise(url: str) -> None:
+    one, two = RedisLockedStorage(url), RedisLockedStorage(url)
+    with one.lock("data") as first, pytest.raises(LockNotAcquiredError, match=f":{os.getpid()}:"):
+        two.lock("data").acquire(timeout=0)
+    with two.lock("data") as second:
+        assert second == first + 1
+
+
+def test_a_lock_whose_holder_died_is_free_after_its_ttl(url: str) -> None:
+    dead, alive = RedisLockedStorage(url), RedisLockedStorage(url)
+    token = dead.lock("data", ttl=0.3).acquire()
+    dead._locks._renewal.stop()
+    start = time.monotonic()
+    assert alive.lock("data").acquire(timeout=10) == token + 1
+    assert time.monotonic() - start > 0.25
+
+
+def test_while_a_study_is_locked_others_wait_and_the_holder_goes_on(url: str) -> None:
+    holder, other = RedisLockedStorage(url), RedisLockedStorage(url, timeout=0.5)
+    study_id = create(holder)
+    with holder.lock(f"study:{study_id}"):
+        holder.create_new_trial(study_id)
+        with pytest.raises(LockNotAcquiredError):
+            other.create_new_trial(study_id)
+    assert other.create_new_trial(study_id) & 0xFFFF == 1
+
+
+def test_a_forked_child_has_connections_and_ballots_of_its_own(url: str) -> None:
+    storage = RedisLockedStorage(url)
+    study_id = create(storage)
+    storage.create_new_trial(study_id)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if storage.create_new_trial(study_id) & 0xFFFF in (1, 2) else 1
+        finally:
+            os._exit(status)
+    storage.create_new_trial(study_id)
+    assert os.waitpid(child, 0)[1] == 0
+    assert storage.get_n_trials(study_id) == 3
+
+
+def test_pickling_keeps_the_configuration(url: str) -> None:
+    storage = RedisLockedStorage(url)
+    study_id = create(storage)
+    again = pickle.loads(pickle.dumps(storage))
+    again.create_new_trial(study_id)
+    assert storage.get_n_trials(study_id) == 1
