@@ -12,7 +12,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import hiredis
 import redis.exceptions as redis_errors
@@ -111,11 +111,10 @@ class Channel:
 class SocketChannel(Channel):
     """The same, straight to the socket."""
 
-    __slots__ = ("_gets", "_reader", "_recv", "sock")
+    __slots__ = ("_gets", "_reader", "_recv")
 
     def __init__(self, connection: Connection, sock: socket.socket) -> None:
         super().__init__(connection)
-        self.sock = sock
         self._reader = hiredis.Reader(replyError=RefusalError, notEnoughData=_INCOMPLETE)
         self._gets = self._reader.gets
         timeout = sock.gettimeout()
@@ -141,6 +140,11 @@ class SocketChannel(Channel):
             self._reader.feed(data)
             reply = self._gets()
         return reply
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket. Not kept: a garbage collector that finds it first complains that nobody closed it."""
+        return cast("socket.socket", self.connection._sock)  # type: ignore[attr-defined]
 
     def read_available(self) -> list[Any]:
         """All replies that have arrived; waits for none, once the socket was found readable.

@@ -84,6 +84,7 @@ class Master:
         self._owed: deque[tuple[Request, float]] = deque()
         self._attempt: threading.Thread | None = None
         self._made: tuple[SocketChannel, str, str] | None = None
+        self._file = -1
         self._pause = _FIRST_PAUSE
         self._next_attempt = 0.0
 
@@ -96,8 +97,7 @@ class Master:
 
     def fileno(self) -> int:
         """The socket to wait for."""
-        assert self._channel is not None  # noqa: S101 asked of connected masters only
-        return self._channel.sock.fileno()
+        return self._file
 
     def tend(self) -> None:
         """Take over a connection that was made, or begin to make one."""
@@ -111,6 +111,7 @@ class Master:
             self._attempt = None
             if self._made is not None:
                 (self._channel, self.run, self.earlier_run), self._made = self._made, None
+                self._file = self._channel.sock.fileno()
                 self.key_prefix = on_master(self._prefix, self.address, self.run)
                 self.problem, self._pause = None, _FIRST_PAUSE
                 return

@@ -19,9 +19,15 @@ import optuna_dlock.node
 from optuna_dlock import RedisLockedStorage, scripts
 from optuna_dlock.channel import Channel, Connection, open_channel
 from optuna_dlock.node import Node
+from tests.servers import Server
 
 FOLDER = files("optuna_dlock").joinpath("lua")
 SOURCES = {entry.name: entry.read_text("utf-8") for entry in FOLDER.iterdir() if entry.name.endswith(".lua")}
+MASTERS_SOURCES = {
+    entry.name: entry.read_text("utf-8")
+    for entry in FOLDER.joinpath("masters").iterdir()
+    if entry.name.endswith(".lua")
+}
 INCLUDES = sorted(name for name in SOURCES if name.startswith("_"))
 SCRIPTS = sorted(script.name for script in scripts.all_scripts())
 CODES = {name: value for name, value in vars(scripts).items() if name.isupper() and isinstance(value, int)}
@@ -37,6 +43,7 @@ KEY_NAMES = {
     "meta": ":meta",
     "study meta": ":meta",
     "section lock": ":lock(:none)?",
+    "study ballots": ":ballots",
     "ops": ":ops",
     "live": ":live",
     "log": ":log",
@@ -151,6 +158,33 @@ def undeclared_keys(source: str, parameters: list[str]) -> list[str]:
     return [key for key in keys if not re.fullmatch(r"KEYS\[\w+\]", key) and key not in parameters]
 
 
+# -- the files for several masters -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(MASTERS_SOURCES))
+def test_the_header_of_a_script_for_several_masters_tells_its_name_codes_and_retries(name: str) -> None:
+    source, title = MASTERS_SOURCES[name], name.removesuffix(".lua").removeprefix("_")
+    header = Header(source)
+    assert header.first.startswith(f"-- {title}: ")
+    returned = {int(code) for code in re.findall(r"\breturn \{?(-\d+)\b", strip_comments(source))}
+    assert header.codes() == {code: CODES[code] for code in header.codes()}
+    assert set(header.codes().values()) == returned
+    assert name.startswith("_") or "Retry-safe" in header.text
+
+
+@pytest.mark.parametrize("kind", ["KEYS", "ARGV"])
+@pytest.mark.parametrize("name", sorted(name for name in MASTERS_SOURCES if not name.startswith("_")))
+def test_a_script_for_several_masters_uses_what_it_declares(name: str, kind: str) -> None:
+    declared, _ = Header(MASTERS_SOURCES[name]).indexes(kind)
+    used = {int(index) for index in re.findall(rf"\b{kind}\[(\d+)\]", strip_comments(MASTERS_SOURCES[name]))}
+    assert used <= set(declared)
+
+
+@pytest.mark.parametrize("script", scripts.all_masters_scripts(), ids=lambda script: script.name)
+def test_every_script_for_several_masters_compiles(script: scripts.Script, valkey: Server) -> None:
+    assert valkey.command("SCRIPT", "LOAD", script.source).decode() == script.sha
+
+
 # -- the files by themselves ---------------------------------------------------------------------------
 
 
@@ -198,7 +232,8 @@ def test_every_result_that_is_no_refusal_is_declared(name: str) -> None:
 
 
 def test_every_code_has_a_number_of_its_own_and_a_script_that_returns_it() -> None:
-    returned = set().union(*(Header(SOURCES[f"{name}.lua"]).codes() for name in SCRIPTS))
+    headers = [*(SOURCES[f"{name}.lua"] for name in SCRIPTS), *MASTERS_SOURCES.values()]
+    returned = set().union(*(Header(source).codes() for source in headers))
     assert returned == set(CODES) - {"OK"}
     assert len(set(CODES.values())) == len(CODES)
     assert CODES["OK"] == 0
