@@ -9,12 +9,25 @@ from typing import Any
 import pytest
 
 from tests.contention.conftest import CrewMaker
-from tests.contention.crew import Crew
+from tests.contention.crew import Crew, wait_until
 from tests.contention.facts import Record
 from tests.contention.worker import MIX
 from tests.masters import KINDS, Masters
 from tests.proxy import CuttingProxy
+from tests.servers import find_binary
 
+# The same, where masters come back from a dump: KeyDB then resyncs, which brings deleted keys back into a run that
+# is in use (fact 4 of keydb-facts.md). README, "One master or several?", says so.
+KINDS_THAT_COME_BACK = [
+    *(kind for kind in KINDS if kind.values != ("keydb",)),
+    pytest.param(
+        "keydb",
+        marks=[
+            pytest.mark.skipif(not find_binary("keydb"), reason="no keydb server here"),
+            pytest.mark.xfail(reason="a full resync of KeyDB brings deleted keys back", strict=False),
+        ],
+    ),
+]
 HOLDER = "tests.contention.holder:Holder"
 STORM = {**MIX, "fenced_tick": 3}
 TIMEOUT = 10.0
@@ -38,7 +51,7 @@ def test_workers_lose_nothing_while_some_die_and_pause(kind: str, n: int, make_c
         _assert_sound(crew)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_THAT_COME_BACK)
 def test_masters_that_die_pause_and_come_back_empty_are_not_noticed_by_workers(
     kind: str, make_crew: CrewMaker
 ) -> None:
@@ -84,7 +97,7 @@ def test_workers_that_are_cut_off_from_one_master_lose_nothing(make_crew: CrewMa
         _assert_sound(crew)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_THAT_COME_BACK)
 def test_all_masters_may_go_down_and_come_back_with_what_they_kept(kind: str, make_crew: CrewMaker) -> None:
     """A cold start: no run is left to copy from, so each goes on with what it kept."""
     with Masters(kind, 3, appendonly=kind != "keydb", extra=("--appendfsync", "always")) as masters:
@@ -113,8 +126,6 @@ def _crew(make_crew: CrewMaker, masters: Masters, size: int, **options: Any) -> 
 
 def _wait_until_whole(masters: Masters, crew: Crew) -> None:
     """All masters have the study again: each votes."""
-    from tests.contention.crew import wait_until
-
     wait_until(lambda: all(_votes(masters, index) for index in range(3)), "all masters have data", 30.0)
 
 

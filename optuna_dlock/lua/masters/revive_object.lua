@@ -1,6 +1,6 @@
 -- revive_object: let this run of a master go on with an object of an earlier run of it.
--- KEYS[1..n] ballots (hash) and all other keys of the object, as the earlier run named them
--- KEYS[n+1..2n] the same, as this run names them
+-- KEYS[1] ballots (hash)  KEYS[2..] all other keys of the object, as the earlier run named them; then all once more,
+-- as this run names them
 -- ARGV[1] name of the object, for people who read the server's log of commands
 -- Returns {0, 1} | {0, 0} there is nothing, or it was done before
 -- Retry-safe: what was moved stays.
