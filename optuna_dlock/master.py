@@ -264,6 +264,9 @@ class Master:
             self._channel.send(packed)
         except _LOST as error:
             self.drop(error)
+        except BaseException as error:  # Ctrl-C: half of a command may be on its way
+            self.drop(error)
+            raise
 
     def send_plain(self, words: Sequence[Argument], request: Request) -> None:
         """Send a command whose keys do not belong to a run."""
@@ -303,6 +306,9 @@ class Master:
         except _LOST as error:
             self.drop(error)
             return
+        except BaseException as error:  # Ctrl-C: what was read may be lost
+            self.drop(error)
+            raise
         for reply in replies:
             request, _ = self._owed.popleft()
             request.replies[self.index] = reply

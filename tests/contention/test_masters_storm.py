@@ -16,8 +16,8 @@ from tests.masters import KINDS, Masters
 from tests.proxy import CuttingProxy
 from tests.servers import find_binary
 
-# The same, where masters come back from a dump: KeyDB then resyncs, which brings deleted keys back into a run that
-# is in use (fact 4 of keydb-facts.md). README, "One master or several?", says so.
+# The same, where masters come back from a dump: KeyDB then resyncs, which brings deleted keys back into a run
+# that is in use (fact 4 of keydb-facts.md). README, "One master or several?", says so.
 KINDS_THAT_COME_BACK = [
     *(kind for kind in KINDS if kind.values != ("keydb",)),
     pytest.param(
