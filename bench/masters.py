@@ -1,7 +1,7 @@
 """Several masters beside one, and beside the obvious fix: `python -m bench masters`.
 
 Processes that all want the next number of one study; one worker loop. A KeyDB pair in active-replica mode is
-measured where `--keydb` names its program. It reports; it exits with 1 only if a number was lost or given twice.
+measured where `--keydb` names its program. It exits with 1 only if a number was lost or given twice.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _keydb_pair(stack: contextlib.ExitStack, folder: Path, binary: str) -> Itera
             ):  # KeyDB 6.3 takes the second only at start, for three
                 client.config_set(setting, "yes")
         port = peer.url.rpartition(":")[2].partition("/")[0]
-        client.execute_command("REPLICAOF", "127.0.0.1", port)
+        client.execute_command("REPLICAOF", "127.0.0.1", port)  # type: ignore[no-untyped-call]
         client.close()
     time.sleep(3)  # they connect to each other once a second
     yield from servers
