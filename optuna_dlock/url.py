@@ -105,7 +105,10 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
 def split_url(url: str) -> list[str]:
     """The URL of each master, of a URL that names several: `keydb://m1:6373,m2:6374/0`.
 
-    User, password, database and options hold for all. Hosts are separated by commas after the last "@".
+    User, password, database and options hold for all. Hosts are separated by commas after the "@".
+
+    Raises:
+        InvalidURLError: If there are several of these.
     """
     scheme, colon, rest = url.partition("://")
     if not colon or scheme.lower() not in _TCP_SCHEMES:
@@ -113,6 +116,13 @@ def split_url(url: str) -> list[str]:
     netloc = rest.partition("/")[0].partition("?")[0]
     tail = rest[len(netloc) :]
     user, at, hosts = netloc.rpartition("@")
+    if "@" in user:
+        shown = f"{scheme}://***@{hosts}"
+        raise InvalidURLError(
+            f"{shown!r} of several masters names users more than once; write {scheme}://user:password@m1:6379,m2:6379; "
+            "special characters in a password are written as in %40 for '@'",
+            url=shown,
+        )
     return [f"{scheme}://{user}{at}{host}{tail}" for host in hosts.split(",")]
 
 
@@ -178,6 +188,9 @@ def _checked_prefix(prefix: str | None, url: str) -> str:
 
 
 def _tcp_address(parts: SplitResult, url: str) -> str:
+    user, _, hosts = parts.netloc.partition("@")  # at the first one: a@one,b@two are two masters
+    if "," in (hosts or user):
+        raise InvalidURLError(f"{_shown(url)!r} names several masters where one is wanted", url=_shown(url))
     try:
         host, port = parts.hostname, parts.port
     except ValueError:

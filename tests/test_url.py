@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from optuna_dlock.errors import DLockError, InvalidURLError
-from optuna_dlock.url import DEFAULT_URL, URL_VARIABLE, parse_url
+from optuna_dlock.url import DEFAULT_URL, URL_VARIABLE, parse_url, split_url
 
 SECRET = "s3cret"  # noqa: S105 -- what must not be shown
 
@@ -283,3 +283,26 @@ def test_no_error_shows_a_password(url: str) -> None:
     assert SECRET not in f"{error} {error!r} {error.__dict__}"
     assert error.__cause__ is None
     assert error.__suppress_context__ or error.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("url", "split"),
+    [
+        ("redis://h:1/0", ["redis://h:1/0"]),
+        (
+            "keydb://u:p@m1:1,m2:2/3?prefix=x",
+            ["keydb://u:p@m1:1/3?prefix=x", "keydb://u:p@m2:2/3?prefix=x"],
+        ),
+        ("valkeys://m1,[::1]:2", ["valkeys://m1", "valkeys://[::1]:2"]),
+        ("unix:///a,b.sock", ["unix:///a,b.sock"]),
+        ("embedded:a,b", ["embedded:a,b"]),
+    ],
+)
+def test_a_url_of_several_masters_is_one_url_for_each(url: str, split: list[str]) -> None:
+    assert split_url(url) == split
+
+
+def test_users_named_more_than_once_are_refused_and_not_shown() -> None:
+    with pytest.raises(InvalidURLError, match="more than once") as caught:
+        split_url(f"redis://bob:{SECRET}@a,bob:{SECRET}@b/0")
+    assert SECRET not in str(caught.value)
