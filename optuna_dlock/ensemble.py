@@ -616,7 +616,8 @@ class Ensemble:
         poll, by_file = select.poll(), {}
         waiting = False
         for master in self.masters:
-            master.tend()
+            if master.tend():
+                self._check_names()
             if master.connected:
                 file = master.fileno()
                 by_file[file] = master
@@ -635,8 +636,8 @@ class Ensemble:
         """Pauses between tries; raises when the time is over."""
         waiting = Backoff(self.timeout, first=first, longest=longest)
         for number in itertools.count():
-            for master in self.masters:
-                master.tend()
+            if sum(master.tend() for master in self.masters):
+                self._check_names()
             self._raise_fatal()
             if not waiting.wait():
                 raise self._quorum_error()
@@ -703,13 +704,13 @@ class Ensemble:
         registry = self._object(self.keys.ballots)
         trying = self._trying()
         while True:
-            if all(m.connected or m.problem is not None for m in self.masters):
-                self._check_names()
+            if sum(m.connected for m in self.masters) >= self.q:
                 request = self._send_read("read_key", [self.keys.info], ["HLEN"])
                 self._wait_for_all(request, 1.0)
                 if self._count(request, OK) >= self.q:
                     break
-                if self._count(request, NO_DATA) > len(self.masters) - self.q:
+                tried = all(m.connected or m.problem is not None for m in self.masters)
+                if tried and self._count(request, NO_DATA) > len(self.masters) - self.q:
                     self._recover(registry, request)
             self._receive(0.002)
             next(trying)
@@ -721,10 +722,12 @@ class Ensemble:
         runs: dict[str, str] = {}
         for master in self.masters:
             if master.connected and master.run in runs:
-                raise ServerConfigurationError(
+                error = master.fatal = ServerConfigurationError(
                     f"{runs[master.run]} and {master.address} are the same server: list every master once",
                     address=master.address,
                 )
+                master.close()  # it must not be counted twice
+                raise error
             runs[master.run] = master.address
 
     def _is_unknown(self, obj: _Object) -> bool:

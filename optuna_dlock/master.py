@@ -99,22 +99,22 @@ class Master:
         """The socket to wait for."""
         return self._file
 
-    def tend(self) -> None:
-        """Take over a connection that was made, or begin to make one."""
+    def tend(self) -> bool:
+        """Take over a connection that was made, or begin to make one; whether it has just been connected."""
         if self._channel is not None:
             if self._owed and time.monotonic() - self._owed[0][1] > _PATIENCE:
                 self.drop(TimeoutError(f"no reply for {_PATIENCE:g} s"))
-            return
+            return False
         if self._attempt is not None:
             if self._attempt.is_alive():
-                return
+                return False
             self._attempt = None
             if self._made is not None:
                 (self._channel, self.run, self.earlier_run), self._made = self._made, None
                 self._file = self._channel.sock.fileno()
                 self.key_prefix = on_master(self._prefix, self.address, self.run)
                 self.problem, self._pause = None, _FIRST_PAUSE
-                return
+                return True
             self._next_attempt = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         if time.monotonic() >= self._next_attempt:
@@ -122,6 +122,7 @@ class Master:
                 target=self._connect, name=f"connect {self.address}", daemon=True
             )
             self._attempt.start()
+        return False
 
     def _connect(self) -> None:
         channel: SocketChannel | None = None

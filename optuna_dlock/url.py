@@ -119,8 +119,8 @@ def split_url(url: str) -> list[str]:
     if "@" in user:
         shown = f"{scheme}://***@{hosts}"
         raise InvalidURLError(
-            f"{shown!r} of several masters names users more than once; write {scheme}://user:password@m1:6379,m2:6379; "
-            "special characters in a password are written as in %40 for '@'",
+            f"{shown!r} of several masters names users more than once; write "
+            f"{scheme}://user:password@m1:6379,m2:6379, and %40 for an '@' in a password",
             url=shown,
         )
     return [f"{scheme}://{user}{at}{host}{tail}" for host in hosts.split(",")]
