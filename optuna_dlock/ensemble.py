@@ -30,7 +30,7 @@ from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of
 from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, Node, Post, forget_in_children
 from optuna_dlock.quorum import FIRST_BALLOT, Ballots, Runs, State, decided, majority, needed_for_rebuild
-from optuna_dlock.repair import Copy, Repairs, revive
+from optuna_dlock.repair import Copy, Repairs, revive, sweep_earlier_runs
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import (
     GAP,
@@ -864,7 +864,7 @@ class Ensemble:
             if whole:
                 master.send_plain(("SET", self.keys.members, "v:" + ",".join(self.members), "NX"), Request())
                 self._note_run(master)
-                self._receive(0.01)
+                sweep_earlier_runs(self, master)
             return whole
 
     def _lacks(self, index: int, name: str) -> bool:

@@ -235,3 +235,32 @@ def revive(ensemble: Ensemble, master: Master) -> None:
         ask("HSET", master.key(keys.ballots), "k", str(known))
     ask("HSET", master.run_key, master.run, int(time.time() * 1e6))
     master.earlier_run = ""
+
+
+def sweep_earlier_runs(ensemble: Ensemble, master: Master) -> None:
+    """Throw away what earlier runs of a master have left on it, now that this run has everything."""
+    name = master.key_prefix[: -len(master.run)]
+    pattern = "".join(f"[{c}]" if c in "*?[]\\" else c for c in name) + "*"
+    cursor: Any = "0"
+    while True:
+        found = Request()
+        master.send_plain(("SCAN", cursor, "MATCH", pattern, "COUNT", _CHUNK), found)
+        cursor, keys = ensemble.reply_of(master, found, _PATIENCE)
+        old = [key for key in keys if not key.startswith(master.key_prefix.encode())]
+        if old:
+            swept = Request()
+            master.send_plain(("UNLINK", *old), swept)
+            ensemble.reply_of(master, swept, _PATIENCE)
+        if cursor == b"0":
+            break
+    for run in set(runs_of(ensemble, master)) - {master.run.encode()}:
+        master.send_plain(("HDEL", master.run_key, run), Request())
+    master.earlier_run = ""
+
+
+def runs_of(ensemble: Ensemble, master: Master) -> list[bytes]:
+    """The runs in which a master had data."""
+    found = Request()
+    master.send_plain(("HKEYS", master.run_key), found)
+    runs: list[bytes] = ensemble.reply_of(master, found, _PATIENCE)
+    return runs

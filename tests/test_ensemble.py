@@ -282,6 +282,27 @@ def test_a_master_that_missed_little_and_one_that_missed_much_catch_up() -> None
             _wait_until(lambda: _level(storage, study_id), f"a master that missed {missed} sections")
 
 
+def test_a_master_that_restarts_with_its_data_gets_a_copy_and_its_earlier_run_is_swept() -> None:
+    """Its run changed: it may have forgotten promises, so it does not go on with what it kept."""
+    with Masters("valkey", 3, appendonly=True) as masters:
+        storage = RedisLockedStorage(masters.url)
+        study_id = create(storage)
+        for _ in range(20):
+            storage.create_new_trial(study_id)
+        before = set(masters.servers[0].command("KEYS", "optuna@*{*"))
+        masters.kill(0)
+        storage.create_new_trial(study_id)
+        masters.start(0)
+        assert set(masters.servers[0].command("KEYS", "optuna@*{*")) == before
+        _wait_until(lambda: _level(storage, study_id), "the master votes again")
+        _wait_until(
+            lambda: not before & set(masters.servers[0].command("KEYS", "optuna@*{*")),
+            "the earlier run is swept",
+        )
+        masters.kill(1)
+        assert storage.create_new_trial(study_id) & 0xFFFF == storage.get_n_trials(study_id) - 1
+
+
 def _level(storage: RedisLockedStorage, study_id: int) -> bool:
     storage.create_new_trial(study_id)
     ensemble = ensemble_of(storage)
