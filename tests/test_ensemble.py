@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 import optuna_dlock.ensemble
 from optuna_dlock import RedisLockedStorage
-from optuna_dlock.ensemble import Ensemble
+from optuna_dlock.ensemble import Ensemble, _Object
 from optuna_dlock.errors import (
     AccessDeniedError,
     InvalidURLError,
@@ -222,6 +222,40 @@ def test_a_holder_that_was_paused_past_its_lease_is_refused_and_goes_on(
     assert sorted(numbers) == list(range(400))
     assert [t.number for t in quick.get_all_trials(study_id)] == list(range(400))
     assert refused == 200, "a section is run under a ballot that is the promised one, or not at all"
+
+
+def test_a_section_is_refused_once_somebody_else_was_promised_the_turn(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nothing was run meanwhile: the other one has seen the state without it."""
+    monkeypatch.setattr(optuna_dlock.ensemble, "_TTL_MS", 1)
+    first, second = (ensemble_of(RedisLockedStorage(url)) for _ in range(2))
+    objects = [ensemble._object(ensemble.keys.info) for ensemble in (first, second)]
+    assert first._acquire(objects[0])
+    time.sleep(0.005)
+    assert second._acquire(objects[1])
+    assert objects[0].base == objects[1].base
+    assert _run_empty_section(first, objects[0]) == 0
+    assert _run_empty_section(second, objects[1]) == 3
+
+
+@pytest.mark.parametrize("base", [(7, ""), None])
+def test_a_section_is_refused_where_it_does_not_follow_what_was_run_last(
+    url: str, base: tuple[int, str] | None
+) -> None:
+    ensemble = ensemble_of(RedisLockedStorage(url))
+    obj = ensemble._object(ensemble.keys.info)
+    assert ensemble._acquire(obj)
+    obj.base = base or (obj.base[0], "another one")
+    assert _run_empty_section(ensemble, obj) == 0
+
+
+def _run_empty_section(ensemble: Ensemble, obj: _Object) -> int:
+    """How many masters take it."""
+    assert obj.ballot is not None
+    request = ensemble._send_section(obj, obj.ballot, "confirm_state", [obj.ballots_key], [])
+    ensemble._wait_for_all(request, 5.0)
+    return ensemble._count(request, 0)
 
 
 def test_a_section_that_reached_one_master_only_is_adopted_or_never_seen(url: str) -> None:
