@@ -143,7 +143,10 @@ def _assert_sound(crew: Crew, least: int = 10) -> None:
         print(problem.text)
     assert problems == []
     records: dict[str, Record] = crew.records()
-    for kind in ("created", "popped", "told", "refused", "wrote", "study attr"):
+    for kind in ("created", "popped", "told", "wrote", "study attr"):
         assert sum(len(record.of(kind)) for record in records.values()) >= least, kind
+    # Who loses a race for a trial; a short run of few workers may have none.
+    refused = sum(len(record.of("refused")) for record in records.values())
+    assert refused > 0 or least < 10
     ticks = [fact["value"] for record in records.values() for fact in record.of("ticked")]
     assert len(ticks) == len(set(ticks)), "an update under a lock was lost"
