@@ -54,15 +54,11 @@ def _valkeys(stack: contextlib.ExitStack, folder: Path, n: int) -> Iterator[Serv
 
 
 def _keydb_pair(stack: contextlib.ExitStack, folder: Path, binary: str) -> Iterator[Server]:
-    servers = [start_valkey(folder / f"keydb{index}", binary) for index in range(2)]
+    flags = ("--active-replica", "yes", "--multi-master", "yes")
+    servers = [start_valkey(folder / f"keydb{index}", binary, flags) for index in range(2)]
     for server, peer in (servers, servers[::-1]):
         stack.callback(server.stop)
         client = redis.Redis.from_url(server.url)
-        for setting in ("active-replica", "multi-master"):
-            with contextlib.suppress(
-                redis.ResponseError
-            ):  # KeyDB 6.3 takes the second only at start, for three
-                client.config_set(setting, "yes")
         port = peer.url.rpartition(":")[2].partition("/")[0]
         client.execute_command("REPLICAOF", "127.0.0.1", port)  # type: ignore[no-untyped-call]
         client.close()

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def foreign_server(url: str) -> Server:
     return Server(url, None, signal.SIGTERM)
 
 
-def start_valkey(folder: Path, binary: str | None = None) -> Server:
+def start_valkey(folder: Path, binary: str | None = None, extra: Sequence[str] = ()) -> Server:
     """A Valkey (or Redis, KeyDB) server without persistence."""
     if binary is None:
         try:
@@ -67,7 +67,7 @@ def start_valkey(folder: Path, binary: str | None = None) -> Server:
     port = free_port()
     folder.mkdir()
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
-    server = _start([*command, "--save", "", "--appendonly", "no"], folder, signal.SIGTERM, None)
+    server = _start([*command, "--save", "", "--appendonly", "no", *extra], folder, signal.SIGTERM, None)
     server.url = f"redis://127.0.0.1:{port}/0"
     client = redis.Redis.from_url(server.url)
     _wait_for(server, folder, client.ping, redis.ConnectionError)
