@@ -56,7 +56,7 @@ _GATE = 0.05  # seconds that the master that is asked first may take before the 
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
 _READ_TRIES = 3  # undecided reads before one is made a section
 _READ_COMMANDS = frozenset(
-    ("GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
+    ("EXISTS", "GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
 )
 
 

@@ -18,7 +18,7 @@ from optuna_dlock.channel import Connection, RefusalError, SocketChannel, open_c
 from optuna_dlock.errors import AccessDeniedError, DLockError, MembershipError, ServerConfigurationError
 from optuna_dlock.keys import RegistryKeys, on_master, run_key
 from optuna_dlock.node import Argument, pack_command
-from optuna_dlock.scripts import Script, all_masters_scripts
+from optuna_dlock.scripts import Script, all_masters_scripts, on_keydb
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 3.0  # seconds for which one reply may be outstanding before the connection counts as lost
@@ -85,6 +85,7 @@ class Master:
         self._attempt: threading.Thread | None = None
         self._made: tuple[SocketChannel, str, str] | None = None
         self._file = -1
+        self._is_keydb = False
         self._pause = _FIRST_PAUSE
         self._next_attempt = 0.0
 
@@ -137,7 +138,7 @@ class Master:
             channel = opened
             run, earlier = self._look_at(channel)
             for script in all_masters_scripts():
-                self._call(channel, "SCRIPT", "LOAD", script.source)
+                self._call(channel, "SCRIPT", "LOAD", self._as_here(script).source)
             if threading.current_thread() is self._attempt:
                 self._made = channel, run, earlier
             else:
@@ -191,6 +192,7 @@ class Master:
                 members=[self.address],
             )
         self.check_members(self._call(channel, "GET", keys.members))
+        self._is_keydb = "mvcc_depth" in info
         run = info["run_id"][:8]
         flat = self._call(channel, "HGETALL", run_key(self._prefix, self.address))
         runs = dict(zip(flat[::2], flat[1::2], strict=True))
@@ -293,10 +295,16 @@ class Master:
     ) -> None:
         """Run a script; key names as `keys.py` makes them."""
         prefix, cut = self.key_prefix, len(self._prefix)
-        packed = pack_command(
-            ("EVALSHA", script.sha, len(keys), *[prefix + key[cut:] for key in keys], *args)
-        )
-        self.send(packed, request)
+        self.run_script(script, [prefix + key[cut:] for key in keys], args, request)
+
+    def run_script(
+        self, script: Script, keys: Sequence[str], args: Sequence[Argument], request: Request
+    ) -> None:
+        """Run a script; key names as they are on the server."""
+        self.send(pack_command(("EVALSHA", self._as_here(script).sha, len(keys), *keys, *args)), request)
+
+    def _as_here(self, script: Script) -> Script:
+        return on_keydb(script) if self._is_keydb else script
 
     def receive(self) -> None:
         """Take the replies that have arrived."""

@@ -145,8 +145,8 @@ class Copy:
         return self._ensemble.reply_of(self._target, self._send(name, keys, args), _PATIENCE)
 
     def _send(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Request:
-        request, sha = Request(), masters_script(name).sha
-        self._target.send_plain(("EVALSHA", sha, len(keys), *keys, *args), request)
+        request = Request()
+        self._target.run_script(masters_script(name), keys, args, request)
         return request
 
     def _check(self, request: Request) -> None:
@@ -224,9 +224,7 @@ def revive(ensemble: Ensemble, master: Master) -> None:
         pairs = [keys.ballots, *names]
         request = Request()
         packed_keys = [*(old(key) for key in pairs), *(master.key(key) for key in pairs)]
-        master.send_plain(
-            ("EVALSHA", script.sha, len(packed_keys), *packed_keys, object_of(keys.ballots)), request
-        )
+        master.run_script(script, packed_keys, [object_of(keys.ballots)], request)
         ensemble.reply_of(master, request, _PATIENCE)
         known = Runs([ask("HGET", master.key(keys.ballots), "k") or b""])
         for other in ensemble.masters:
