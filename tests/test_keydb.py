@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 import optuna_dlock.master
 from optuna_dlock import RedisLockedStorage
 from optuna_dlock.errors import UpdateFinishedTrialError
+from optuna_dlock.scripts import NO_TRIAL, script
 from tests.contention.crew import wait_until
 from tests.masters import Masters
 from tests.servers import Server, find_binary
@@ -38,7 +39,7 @@ def copies_of(masters: Masters) -> Copies:
 
 
 def bring_back(copies: Copies) -> list[bytes]:
-    """What a full resync does with them: keys that exist are newer and stay, keys that were deleted return."""
+    """What a full resync does with them: keys that exist are newer and stay, deleted ones return."""
     returned = []
     for server, records in copies:
         for key, record in records.items():
@@ -75,6 +76,7 @@ def test_deleted_keys_that_come_back_mean_nothing(kind: str, as_keydb: None) -> 
         wait_until(lambda: states(masters, "live", "order") == 1, "all masters have run it", 5.0)
         wait_until(lambda: not masters.servers[0].command("KEYS", "*:leases"), "the lock is free there", 5.0)
         returned = bring_back(copies[:1])  # one master; what it says and what the others say must not differ
+        returned.sort(key=lambda key: b":t:" not in key)
         names = {key.rpartition(b"}:")[2] for key in returned}
         assert names == {b"live", b"waiting", b"heartbeats", b"t:0", b"leases"}
 
@@ -83,6 +85,14 @@ def test_deleted_keys_that_come_back_mean_nothing(kind: str, as_keydb: None) -> 
         assert [t.state for t in seen.trials] == [TrialState.COMPLETE] * 2
         with pytest.raises(UpdateFinishedTrialError):
             other.set_trial_user_attr(trial._trial_id, "late", 1)
+        node, keys = storage._node, storage._registry.study_keys(study._study_id)
+        late = node.run(
+            script("set_trial_field"),
+            [keys.trial(0), keys.log, keys.meta, keys.live],
+            [0, "another", "Ulate", "1", 1],
+        )
+        assert late == NO_TRIAL
+        assert returned[0] not in masters.servers[0].command("KEYS", "*:t:*")
         time.sleep(1.1)
         assert (
             RedisLockedStorage(masters.url, heartbeat_interval=1, grace_period=1)._get_stale_trial_ids(
