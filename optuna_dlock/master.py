@@ -56,7 +56,7 @@ class Master:
 
     Attributes:
         run: Which run of the server this is; other runs have other keys.
-        earlier_run: An earlier run that has left data, "" if there is none.
+        earlier_runs: Those that have left data, the last one first.
         key_prefix: What its key names begin with in this run.
         problem: Why it is not connected; None before the first attempt.
         fatal: A problem that no retry mends.
@@ -73,7 +73,7 @@ class Master:
         self.index = index
         self.address = address
         self.run = ""
-        self.earlier_run = ""
+        self.earlier_runs: list[str] = []
         self.key_prefix = ""
         self.problem: Exception | None = None
         self.fatal: DLockError | None = None
@@ -83,7 +83,7 @@ class Master:
         self._channel: SocketChannel | None = None
         self._owed: deque[tuple[Request, float]] = deque()
         self._attempt: threading.Thread | None = None
-        self._made: tuple[SocketChannel, str, str] | None = None
+        self._made: tuple[SocketChannel, str, list[str]] | None = None
         self._file = -1
         self._is_keydb = False
         self._pause = _FIRST_PAUSE
@@ -111,7 +111,7 @@ class Master:
                 return False
             self._attempt = None
             if self._made is not None:
-                (self._channel, self.run, self.earlier_run), self._made = self._made, None
+                (self._channel, self.run, self.earlier_runs), self._made = self._made, None
                 self._file = self._channel.sock.fileno()
                 self.key_prefix = on_master(self._prefix, self.address, self.run)
                 self.problem, self._pause = None, _FIRST_PAUSE
@@ -171,7 +171,7 @@ class Master:
             raise reply
         return reply
 
-    def _look_at(self, channel: SocketChannel) -> tuple[str, str]:
+    def _look_at(self, channel: SocketChannel) -> tuple[str, list[str]]:
         """Refuse what must not be one of these masters (G8); which run this is, and which came before."""
         keys = RegistryKeys(self._prefix)
         info = _fields(self._call(channel, "INFO"))
@@ -197,8 +197,7 @@ class Master:
         flat = self._call(channel, "HGETALL", run_key(self._prefix, self.address))
         runs = dict(zip(flat[::2], flat[1::2], strict=True))
         runs.pop(run.encode(), None)
-        earlier = max(runs, key=lambda name: int(runs[name])).decode() if runs else ""
-        return run, earlier
+        return run, [name.decode() for name in sorted(runs, key=lambda name: int(runs[name]), reverse=True)]
 
     def check_members(self, found: bytes | None) -> None:
         """Raise MembershipError if the list of masters stored on a master is another one."""
