@@ -202,8 +202,7 @@ def revive(ensemble: Ensemble, name: str, alive: Collection[int]) -> None:
 
     What was acknowledged stood on a majority. So of N - q + 1 masters, be they `alive` or restarted with
     their data, the latest has all of it. Only as many as lack to that number go on, the latest first; the
-    others get copies. Their ballot begins a new epoch, so that nothing that was promised before can be decided
-    now.
+    others get copies. Their ballot begins a new epoch: nothing promised before can be decided any more.
 
     Raises:
         ConnectionError: If a master stops answering.
