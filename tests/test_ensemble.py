@@ -479,7 +479,7 @@ def test_pickling_keeps_the_configuration(url: str) -> None:
 
 
 def test_a_study_that_only_a_minority_has_begun_can_be_used() -> None:
-    """The registry was copied from the one master that ran the section which made it (found by simulation)."""
+    """The registry was copied from the one master that ran the section that made it (seen by simulation)."""
     with Masters("valkey", 3) as masters:
         with RedisLockedStorage(masters.url) as storage:
             study_id = create(storage)
