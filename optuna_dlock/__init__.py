@@ -1,8 +1,10 @@
 """An Optuna storage whose critical sections hold across processes and hosts."""
 
 from optuna_dlock.distributed_lock import DistributedLock
+from optuna_dlock.duplicates import Duplicate
 from optuna_dlock.errors import (
     AccessDeniedError,
+    ClaimError,
     CorruptRecordError,
     DataLostError,
     DLockError,
@@ -19,6 +21,7 @@ from optuna_dlock.errors import (
     StudyNotFoundError,
     TrialNotFoundError,
 )
+from optuna_dlock.skipping import claim_or_skip, claim_params, skip_duplicates
 from optuna_dlock.storage import RedisLockedStorage
 
 __version__ = "0.1.0"
@@ -26,8 +29,13 @@ __version__ = "0.1.0"
 __all__ = [
     "RedisLockedStorage",
     "DistributedLock",
+    "skip_duplicates",
+    "claim_or_skip",
+    "claim_params",
+    "Duplicate",
     "DLockError",
     "AccessDeniedError",
+    "ClaimError",
     "CorruptRecordError",
     "DataLostError",
     "FinishedTrialError",

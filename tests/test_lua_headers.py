@@ -53,6 +53,8 @@ KEY_NAMES = {
     "dists": ":dists",
     "distribution ids": ":distids",
     "claims": ":claims",
+    "param sets": ":sets",
+    "duplicates": ":duplicates",
     "offers": ":offers",
     "heartbeats": ":heartbeats",
     "trial": r":t:\d+",
@@ -399,6 +401,7 @@ def _use_studies_and_trials(storage: RedisLockedStorage) -> None:
     storage.set_trial_intermediate_value(trial_id, 1, 0.5)
     storage.set_trial_user_attr(trial_id, "key", 1)
     storage.set_trial_system_attr(trial_id, "key", 1)
+    storage.claim_params(trial_id)
     storage.record_heartbeat(trial_id)
     storage._get_stale_trial_ids(study_id)
     storage.get_trial(trial_id)
