@@ -21,8 +21,9 @@ from optuna_dlock.errors import (
     StudyNotFoundError,
     TrialNotFoundError,
 )
-from optuna_dlock.skipping import claim_or_skip, claim_params, skip_duplicates
+from optuna_dlock.skipping import claim_or_skip, skip_duplicates
 from optuna_dlock.storage import RedisLockedStorage
+from optuna_dlock.twins import claim_params
 
 __version__ = "0.1.0"
 
