@@ -8,7 +8,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -21,6 +21,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
 
 import optuna_dlock.twins
@@ -213,7 +214,7 @@ def test_the_first_one_trains_and_asking_again_changes_nothing(
 @pytest.mark.parametrize("values", [[0.5], [0.5, math.inf]])
 def test_a_complete_one_gives_its_values(any_url: str, values: list[float]) -> None:
     """Single- and multi-objective; what is returned makes the duplicate COMPLETE with the same values."""
-    directions = ["minimize"] * len(values)
+    directions = [StudyDirection.MINIMIZE] * len(values)
     study = optuna.create_study(storage=RedisLockedStorage(any_url), directions=directions)
     first, second = ask(study, x=1), ask(study, x=1)
     assert claim_params(first) is None
@@ -513,7 +514,7 @@ def _by_function(trained: list[int], options: dict[str, Any]) -> Callable[[Trial
             trained.append(x)
             return float(x)
 
-    return Model().objective
+    return cast("Callable[[Trial], Any]", Model().objective)
 
 
 FORMS = [_by_claim_params, _by_claim_or_skip, _by_space, _by_function]
