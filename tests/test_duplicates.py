@@ -8,7 +8,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import optuna
 import pytest
@@ -39,6 +39,7 @@ from optuna_dlock import (
 from optuna_dlock.duplicates import duplicate_of, fingerprint
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import script
+from optuna_dlock.twins import OnRunning
 from tests.masters import Masters
 from tests.proxy import CuttingProxy
 from tests.servers import Server
@@ -390,7 +391,7 @@ class Waits:
         monkeypatch.setattr(optuna_dlock.twins, "Backoff", self._backoff)
 
     def _backoff(self, timeout: float, **options: Any) -> Backoff:
-        return Backoff(timeout, clock=lambda: self._now, sleep=self._sleep, **options)
+        return Backoff(timeout, clock=lambda: self._now, sleep=self._sleep, on_running=on_running)
 
     def _sleep(self, seconds: float) -> None:
         self._now += seconds
@@ -472,10 +473,10 @@ def test_without_heartbeats_and_timeout_a_wait_is_warned_of_once(
 # -- objectives ------------------------------------------------------------------------------------------
 
 
-def _by_claim_params(trained: list[int], options: dict[str, Any]) -> Callable[[Trial], Any]:
+def _by_claim_params(trained: list[int], on_running: OnRunning = "fail") -> Callable[[Trial], Any]:
     def objective(trial: Trial) -> Any:
         x = trial.suggest_int("x", 0, 4)
-        twin = claim_params(trial, **options)
+        twin = claim_params(trial, on_running=on_running)
         if twin is not None:
             return twin.value
         trained.append(x)
@@ -484,8 +485,8 @@ def _by_claim_params(trained: list[int], options: dict[str, Any]) -> Callable[[T
     return objective
 
 
-def _by_claim_or_skip(trained: list[int], options: dict[str, Any]) -> Callable[[Trial], Any]:
-    @skip_duplicates(**options)
+def _by_claim_or_skip(trained: list[int], on_running: OnRunning = "fail") -> Callable[[Trial], Any]:
+    @skip_duplicates(on_running=on_running)
     def objective(trial: Trial) -> float:
         x = trial.suggest_int("x", 0, 4)
         try:
@@ -498,8 +499,8 @@ def _by_claim_or_skip(trained: list[int], options: dict[str, Any]) -> Callable[[
     return objective
 
 
-def _by_space(trained: list[int], options: dict[str, Any]) -> Callable[[Trial], Any]:
-    @skip_duplicates(suggest={"x": IntDistribution(0, 4)}, **options)
+def _by_space(trained: list[int], on_running: OnRunning = "fail") -> Callable[[Trial], Any]:
+    @skip_duplicates(suggest={"x": IntDistribution(0, 4)}, on_running=on_running)
     def objective(trial: Trial, params: dict[str, int]) -> float:
         trained.append(params["x"])
         return float(params["x"])
@@ -507,14 +508,14 @@ def _by_space(trained: list[int], options: dict[str, Any]) -> Callable[[Trial], 
     return objective
 
 
-def _by_function(trained: list[int], options: dict[str, Any]) -> Callable[[Trial], Any]:
+def _by_function(trained: list[int], on_running: OnRunning = "fail") -> Callable[[Trial], Any]:
     class Model:
-        @skip_duplicates(suggest=lambda trial: trial.suggest_int("x", 0, 4), **options)
+        @skip_duplicates(suggest=lambda trial: trial.suggest_int("x", 0, 4), on_running=on_running)
         def objective(self, trial: Trial, x: int) -> float:
             trained.append(x)
             return float(x)
 
-    return cast("Callable[[Trial], Any]", Model().objective)
+    return Model().objective
 
 
 FORMS = [_by_claim_params, _by_claim_or_skip, _by_space, _by_function]
@@ -524,7 +525,7 @@ FORMS = [_by_claim_params, _by_claim_or_skip, _by_space, _by_function]
 def test_an_objective_of_each_form_trains_every_point_once(form: Any, study: optuna.Study) -> None:
     trained: list[int] = []
     study.sampler = optuna.samplers.RandomSampler(seed=1)
-    study.optimize(form(trained, {}), n_trials=60)
+    study.optimize(form(trained), n_trials=60)
     assert sorted(trained) == list(range(5))
     assert all(t.state is COMPLETE and t.value == t.params["x"] for t in study.trials)
     assert len(recorded(study)) == 55
@@ -538,7 +539,7 @@ def test_what_runs_elsewhere_is_failed_or_pruned(
     trained: list[int] = []
     assert claim_params(ask(study, x=3)) is None
     study.enqueue_trial({"x": 3})
-    study.optimize(form(trained, {"on_running": on_running}), n_trials=1)
+    study.optimize(form(trained, on_running), n_trials=1)
     assert study.trials[1].state is state
     assert study.trials[1].values is None
     assert trained == []
@@ -548,7 +549,7 @@ def test_what_runs_elsewhere_is_failed_or_pruned(
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_objectives_run_without_a_study_too(form: Any) -> None:
     trained: list[int] = []
-    assert form(trained, {})(FixedTrial({"x": 3})) == 3.0
+    assert form(trained)(FixedTrial({"x": 3})) == 3.0
     assert trained == [3]
 
 
@@ -569,7 +570,7 @@ def test_the_decorator_without_brackets_keeps_the_name_and_errors(study: optuna.
 def test_threads_of_one_process_train_each_point_once(study: optuna.Study) -> None:
     trained: list[int] = []
     study.sampler = optuna.samplers.RandomSampler(seed=1)
-    study.optimize(_by_claim_or_skip(trained, {"on_running": "wait"}), n_trials=40, n_jobs=4)
+    study.optimize(_by_claim_or_skip(trained, "wait"), n_trials=40, n_jobs=4)
     assert sorted(trained) == list(range(5))
     assert all(t.state is COMPLETE for t in study.trials)
 
@@ -591,7 +592,7 @@ def test_claim_or_skip_outside_of_a_decorated_objective_is_an_error(study: optun
     for _ in range(2):  # before one, and after
         with pytest.raises(ClaimError, match="has the decorator @skip_duplicates"):
             claim_or_skip(ask(study, x=1))
-        _by_claim_or_skip([], {})(study.ask())
+        _by_claim_or_skip([])(study.ask())
 
 
 def test_extra_can_be_given_where_it_is_known(study: optuna.Study) -> None:
