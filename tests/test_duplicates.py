@@ -391,7 +391,7 @@ class Waits:
         monkeypatch.setattr(optuna_dlock.twins, "Backoff", self._backoff)
 
     def _backoff(self, timeout: float, **options: Any) -> Backoff:
-        return Backoff(timeout, clock=lambda: self._now, sleep=self._sleep, on_running=on_running)
+        return Backoff(timeout, clock=lambda: self._now, sleep=self._sleep, **options)
 
     def _sleep(self, seconds: float) -> None:
         self._now += seconds
