@@ -23,7 +23,7 @@ from optuna_dlock.errors import (
 )
 from optuna_dlock.skipping import claim_or_skip, skip_duplicates
 from optuna_dlock.storage import RedisLockedStorage
-from optuna_dlock.twins import claim_params
+from optuna_dlock.twins import claim_finished, claim_params
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "skip_duplicates",
     "claim_or_skip",
     "claim_params",
+    "claim_finished",
     "Duplicate",
     "DLockError",
     "AccessDeniedError",

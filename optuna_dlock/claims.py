@@ -10,12 +10,13 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.codec import state_of
-from optuna_dlock.duplicates import Duplicate, fingerprint, read_duplicates
+from optuna_dlock.duplicates import Duplicate, duplicate_of, fingerprint, read_duplicates
 from optuna_dlock.errors import ClaimError, CorruptRecordError
 from optuna_dlock.live_trial import LiveTrial
 from optuna_dlock.scripts import BEHIND, FINISHED, NO_STUDY, NO_TRIAL, NOT_RUNNING, OK, script
 from optuna_dlock.trials import StudyTrials
 
+_BATCH = 500  # trials for which one script call claims
 _OWNER_COMPLETE, _OWNER_RUNNING = 1, 2  # answers of claim_params
 
 
@@ -81,17 +82,37 @@ class ClaimedTrials(StudyTrials):
 
     def _check_owner(self, trial: LiveTrial, owner: FrozenTrial, digest: bytes, extra: Any) -> None:
         """Take over no values of other parameters: the owner may have claimed before it had all of them."""
-        params = (
-            (name, distribution, distribution.to_internal_repr(owner.params[name]))
-            for name, distribution in owner.distributions.items()
-        )
-        if fingerprint(params, extra) != digest:
+        if _fingerprint_of(owner, extra) != digest:
             later = sorted(owner.params.keys() - trial.params.keys())
             raise ClaimError(
                 f"trial {owner.number} claimed the parameters of trial {trial.number} and was then suggested "
                 f"{', '.join(map(repr, later)) or 'others'}: claim after the last suggestion",
                 number=trial.number,
             )
+
+    def claim_finished(self, extra: Any) -> int:
+        """Let the COMPLETE trials own their parameters where nobody does; how many became owners."""
+        recorded = self.duplicates()
+        trials = [
+            trial
+            for trial in self.get_all((TrialState.COMPLETE,))
+            if trial.params and duplicate_of(trial, recorded) is None
+        ]
+        keys, made = self._keys, 0
+        for start in range(0, len(trials), _BATCH):
+            batch = trials[start : start + _BATCH]
+            reply = self._section.run(
+                script("claim_finished"),
+                [keys.meta, self._section.key(), keys.live, keys.finished, keys.param_sets],
+                [
+                    " ".join(str(trial.number) for trial in batch),
+                    b"".join(_fingerprint_of(trial, extra) for trial in batch),
+                ],
+            )
+            if reply[0] == NO_STUDY:
+                raise self._gone()
+            made += int(reply[1])
+        return made
 
     def is_running(self, number: int) -> bool:
         """Whether a trial is RUNNING now; reads nothing else of it."""
@@ -109,3 +130,11 @@ class ClaimedTrials(StudyTrials):
             return read_duplicates(zip(flat[::2], flat[1::2], strict=True))
         except (ValueError, KeyError) as error:
             raise CorruptRecordError(f"key {key!r} holds an unreadable entry: {error}", key=key) from error
+
+
+def _fingerprint_of(trial: FrozenTrial, extra: Any) -> bytes:
+    params = (
+        (name, distribution, distribution.to_internal_repr(trial.params[name]))
+        for name, distribution in trial.distributions.items()
+    )
+    return fingerprint(params, extra)

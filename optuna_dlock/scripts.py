@@ -60,15 +60,8 @@ def all_scripts() -> tuple[Script, ...]:
 
 # Which sections change an object's state, and so have to be run by all masters in the same order.
 SECTIONS = (
-    *(
-        "claim_params",
-        "create_study",
-        "create_trial",
-        "define_param",
-        "delete_study",
-        "finish_trial",
-        "move_trial",
-    ),
+    *("claim_finished", "claim_params"),
+    *("create_study", "create_trial", "define_param", "delete_study", "finish_trial", "move_trial"),
     *("next_study_id", "set_study_attr", "set_trial_field", "sweep_study"),
     *("confirm_state", "drop_lease", "renew_lease", "take_lease"),
 )

@@ -430,6 +430,11 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         return trials.claim_params(number, extra)
 
     @_locked
+    def claim_finished(self, study_id: int, extra: Any = None) -> int:
+        """Let COMPLETE trials that never claimed their parameters own them: `optuna_dlock.claim_finished`."""
+        return self._trials(study_id).claim_finished(extra)
+
+    @_locked
     def get_duplicates(self, study_id: int) -> dict[int, Duplicate]:
         """The trials of a study that found their parameters claimed, by number, and whom they duplicate."""
         return self._trials(study_id).duplicates()

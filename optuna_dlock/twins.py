@@ -58,7 +58,8 @@ def claim_params(
     one to ask gets the parameters. The cost is one round trip, however many trials there are.
 
     A worker that dies without heartbeats leaves its trial RUNNING, and its parameters claimed, for ever: give
-    the storage a `heartbeat_interval`. Trials that never claimed anything are not seen.
+    the storage a `heartbeat_interval`. Trials that never claimed anything are not seen: `claim_finished`
+    makes up for that.
 
     Example:
         >>> def objective(trial):
@@ -110,6 +111,26 @@ def claim_params(
         for key in missing.keys() - trial.user_attrs.keys():
             trial.set_user_attr(key, missing[key])
     return twin
+
+
+def claim_finished(study: optuna.Study, *, extra: Any = None) -> int:
+    """Let the COMPLETE trials of a study own their parameters, so that they are not trained again.
+
+    For trials of before the study used claims, or that were copied or added to it. One pass over the study,
+    to be called once. Trials that are known to duplicate others own nothing.
+
+    Args:
+        study: In a `RedisLockedStorage`.
+        extra: As the claims to come have it.
+
+    Returns:
+        How many trials became owners.
+
+    Raises:
+        ClaimError: If the study is in another storage.
+    """
+    made: int = locked_storage(study._storage).claim_finished(study._study_id, extra)
+    return made
 
 
 def locked_storage(storage: BaseStorage) -> RedisLockedStorage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -24,6 +25,7 @@ from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
 
+import optuna_dlock.claims
 import optuna_dlock.twins
 from optuna_dlock import (
     ClaimError,
@@ -32,6 +34,7 @@ from optuna_dlock import (
     NotSerializableError,
     RedisLockedStorage,
     StudyNotFoundError,
+    claim_finished,
     claim_or_skip,
     claim_params,
     skip_duplicates,
@@ -77,15 +80,25 @@ def any_url(request: pytest.FixtureRequest) -> str:
     return f"{request.getfixturevalue('three').url}?prefix=d{next(_numbers)}"
 
 
-@pytest.fixture
-def study(any_url: str) -> optuna.Study:
-    return optuna.create_study(storage=RedisLockedStorage(any_url), study_name="s")
+Connect = Callable[..., RedisLockedStorage]
 
 
 @pytest.fixture
-def elsewhere(study: optuna.Study, any_url: str) -> optuna.Study:
+def connect() -> Iterator[Connect]:
+    """Makes storages, which are closed with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda url, **options: stack.enter_context(RedisLockedStorage(url, **options))
+
+
+@pytest.fixture
+def study(any_url: str, connect: Connect) -> optuna.Study:
+    return optuna.create_study(storage=connect(any_url), study_name="s")
+
+
+@pytest.fixture
+def elsewhere(study: optuna.Study, any_url: str, connect: Connect) -> optuna.Study:
     """The same study, as another process has it."""
-    return optuna.load_study(storage=RedisLockedStorage(any_url), study_name="s")
+    return optuna.load_study(storage=connect(any_url), study_name="s")
 
 
 def storage_of(study: optuna.Study) -> RedisLockedStorage:
@@ -213,10 +226,10 @@ def test_the_first_one_trains_and_asking_again_changes_nothing(
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, math.inf]])
-def test_a_complete_one_gives_its_values(any_url: str, values: list[float]) -> None:
+def test_a_complete_one_gives_its_values(any_url: str, connect: Connect, values: list[float]) -> None:
     """Single- and multi-objective; what is returned makes the duplicate COMPLETE with the same values."""
     directions = [StudyDirection.MINIMIZE] * len(values)
-    study = optuna.create_study(storage=RedisLockedStorage(any_url), directions=directions)
+    study = optuna.create_study(storage=connect(any_url), directions=directions)
     first, second = ask(study, x=1), ask(study, x=1)
     assert claim_params(first) is None
     study.tell(first, values)
@@ -333,8 +346,8 @@ def test_what_is_gone_is_said(study: optuna.Study, elsewhere: optuna.Study) -> N
         storage_of(elsewhere).get_duplicates(study._study_id)
 
 
-def test_a_claim_is_one_round_trip_and_collects_what_was_deferred(valkey_url: str) -> None:
-    study = optuna.create_study(storage=RedisLockedStorage(valkey_url))
+def test_a_claim_is_one_round_trip_and_collects_what_was_deferred(valkey_url: str, connect: Connect) -> None:
+    study = optuna.create_study(storage=connect(valkey_url))
     storage = storage_of(study)
     for state in (COMPLETE, None, FAIL):
         trial = ask(study, x=1)
@@ -362,11 +375,11 @@ def test_a_claim_steps_aside_for_a_holder_of_the_study(study: optuna.Study, else
     assert done.is_set()
 
 
-def test_a_reply_that_is_lost_leaves_one_claim(valkey: Server, valkey_url: str) -> None:
+def test_a_reply_that_is_lost_leaves_one_claim(valkey: Server, valkey_url: str, connect: Connect) -> None:
     """G6: the second try finds its own claim, or its own duplicate."""
     with CuttingProxy(valkey.port) as proxy:
         prefix = valkey_url.partition("?")[2]
-        study = optuna.create_study(storage=RedisLockedStorage(f"{proxy.url}?{prefix}"))
+        study = optuna.create_study(storage=connect(f"{proxy.url}?{prefix}"))
         first, second = ask(study, x=1), ask(study, x=1)
         storage = storage_of(study)
         storage._node.collect()
@@ -376,6 +389,36 @@ def test_a_reply_that_is_lost_leaves_one_claim(valkey: Server, valkey_url: str) 
         proxy.cut_next_reply(sha)
         assert claim_params(second) == Duplicate(first.number, RUNNING)
         assert recorded(study) == {second.number: Duplicate(first.number, RUNNING)}
+
+
+def test_trials_of_before_own_their_parameters_once_that_is_asked_for(study: optuna.Study) -> None:
+    """The first of equal ones; not those that the notes' way has skipped, nor those with another end."""
+    space: dict[str, BaseDistribution] = {"x": INT}
+    skipped = {"HOST": {"msg": "COMPLETE", "number": 1}}
+    for x, value, attrs in ((0, 0.0, {}), (1, 1.0, skipped), (1, 2.0, {}), (1, 3.0, {})):
+        study.add_trial(create_trial(params={"x": x}, distributions=space, value=value, user_attrs=attrs))
+    study.add_trial(create_trial(params={"x": 2}, distributions=space, state=FAIL))
+    study.add_trial(create_trial(value=4.0))
+    running = ask(study, x=0)
+    assert claim_params(running) is None
+    assert claim_finished(study) == 1
+    assert claim_finished(study) == 0
+    assert claim_params(ask(study, x=1)) == Duplicate(2, COMPLETE, (2.0,))
+    assert claim_params(ask(study, x=2)) is None
+    assert claim_params(ask(study, x=0)) == Duplicate(running.number, RUNNING)
+    assert claim_params(ask(study, x=1), extra="v2") is None
+
+
+def test_many_trials_of_before_are_claimed_in_batches(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna_dlock.claims, "_BATCH", 3)
+    for x in range(8):
+        space: dict[str, BaseDistribution] = {"x": INT}
+        study.add_trial(create_trial(params={"x": x}, distributions=space, value=float(x)))
+    assert claim_finished(study) == 8
+    owners = [claim_params(ask(study, x=x)) for x in range(8)]
+    assert owners == [Duplicate(x, COMPLETE, (float(x),)) for x in range(8)]
 
 
 # -- waiting ---------------------------------------------------------------------------------------------
@@ -445,9 +488,9 @@ def test_who_has_waited_long_enough_gives_up(study: optuna.Study, monkeypatch: p
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
-def test_who_waits_reaps_for_all_others_may_wait_too(any_url: str) -> None:
+def test_who_waits_reaps_for_all_others_may_wait_too(any_url: str, connect: Connect) -> None:
     """Optuna looks for dead workers before each new trial; a cluster that only waits begins none."""
-    storage = RedisLockedStorage(any_url, heartbeat_interval=1, grace_period=1)
+    storage = connect(any_url, heartbeat_interval=1, grace_period=1)
     study = optuna.create_study(storage=storage)
     first, second = ask(study, x=1), ask(study, x=1)
     assert claim_params(first) is None

@@ -58,7 +58,7 @@ KEY_NAMES = {
     "offers": ":offers",
     "heartbeats": ":heartbeats",
     "trial": r":t:\d+",
-    "attributes": ":(user|system)",
+    "attributes": ":(user|system|duplicates)",
     "lock": ":lock",
     "fence": ":lock:fence",
     "queue": ":lock:queue",
@@ -407,6 +407,7 @@ def _use_studies_and_trials(storage: RedisLockedStorage) -> None:
     storage.get_trial(trial_id)
     storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
     waiting = storage.create_new_trial(study_id, create_trial(state=TrialState.WAITING))
+    storage.claim_finished(study_id)
     storage.get_all_trials(study_id, states=(TrialState.WAITING,))
     storage.set_trial_state_values(waiting, TrialState.RUNNING)
     storage.get_all_trials(study_id)
