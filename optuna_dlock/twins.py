@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
@@ -168,7 +170,9 @@ def _wait(
     while True:
         if storage.heartbeat_interval is not None and time.monotonic() >= next_reaping:
             # Optuna reaps before each new trial; where all workers wait for a dead one, nobody begins one.
-            optuna.storages.fail_stale_trials(trial.study)
+            with warnings.catch_warnings():  # as Optuna itself does around this call
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                optuna.storages.fail_stale_trials(trial.study)
             next_reaping = time.monotonic() + storage.heartbeat_interval
         if not storage.is_trial_running(trial_id_of(study_id, twin.owner)):
             claimed: Duplicate | None = storage.claim_params(trial._trial_id, options.extra)

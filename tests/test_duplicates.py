@@ -8,6 +8,7 @@ import logging
 import math
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -335,6 +336,52 @@ def test_a_storage_behind_optunas_cache_is_found(study: optuna.Study) -> None:
     """No release of Optuna puts it there, but a user's code may."""
     cached = optuna.storages._CachedStorage(study._storage)  # type: ignore[arg-type]
     assert optuna_dlock.twins.locked_storage(cached) is study._storage
+
+
+def test_a_proxy_that_hides_the_storage_is_named_in_the_error() -> None:
+    pytest.importorskip("grpc")
+    if not hasattr(optuna.storages, "GrpcStorageProxy"):
+        pytest.skip("this Optuna has no GrpcStorageProxy")
+    proxy = optuna.storages.GrpcStorageProxy(port=1)  # connects with the first call
+    with pytest.raises(ClaimError, match="in a GrpcStorageProxy: connect to the server itself"):
+        optuna_dlock.twins.locked_storage(proxy)
+    proxy.close()
+
+
+def test_a_deleted_study_leaves_no_claims_behind(valkey: Server, valkey_url: str, connect: Connect) -> None:
+    study = optuna.create_study(storage=connect(valkey_url), study_name="s")
+    claim_params(ask(study, x=1))
+    claim_params(ask(study, x=1))
+    pattern = f"{valkey_url.rpartition('=')[2]}:*"
+    kept = {key.decode().rpartition(":")[2] for key in valkey.command("KEYS", pattern)}
+    assert {"sets", "duplicates"} <= kept
+    optuna.delete_study(study_name="s", storage=study._storage)
+    kept = {key.decode().rpartition(":")[2] for key in valkey.command("KEYS", pattern)}
+    assert not {"sets", "duplicates"} & kept
+
+
+def test_masters_that_come_back_empty_get_the_claims_too(connect: Connect) -> None:
+    """One after the other, so that in the end all of them know of the claim from a copy."""
+    with Masters("valkey", 3) as masters:
+        study = optuna.create_study(storage=connect(masters.url), study_name="s")
+        first, second = ask(study, x=1), ask(study, x=1)
+        assert claim_params(first) is None
+        assert claim_params(second) == Duplicate(first.number, RUNNING)
+        for index, server in enumerate(masters.servers):
+            masters.restart_empty(index)
+            deadline = time.monotonic() + 60
+            while not _has_all(server):
+                assert time.monotonic() < deadline, f"master {index} got no copy"
+                study._storage.get_all_trials(study._study_id)
+        assert claim_params(ask(study, x=1)) == Duplicate(first.number, RUNNING)
+        assert recorded(study)[second.number] == Duplicate(first.number, RUNNING)
+
+
+def _has_all(server: Server) -> bool:
+    """Whether a master votes on the registry and on the study."""
+    run = server.command("INFO", "server")["run_id"][:8]
+    ballots = server.command("KEYS", f"optuna@127.0.0.1:{server.port}.{run}:*ballots")
+    return len(ballots) >= 2 and all(server.command("HEXISTS", key, "s") for key in ballots)
 
 
 def test_what_is_gone_is_said(study: optuna.Study, elsewhere: optuna.Study) -> None:
