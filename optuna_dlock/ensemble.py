@@ -40,6 +40,7 @@ from optuna_dlock.scripts import (
     NO_STUDY,
     OK,
     READS,
+    SECTIONS,
     STALE_BALLOT,
     Script,
     masters_script,
@@ -204,6 +205,8 @@ class Ensemble:
                 return self._read(script.name, keys, args)
             if script.name in HINTS:
                 return self._hint(script.name, keys, args)
+            if script.name not in SECTIONS:
+                raise ValueError(f"{script.name} is not listed in scripts.py, so no master knows it")
             return self._section(script.name, keys, args)
 
     def run_many(

@@ -111,6 +111,12 @@ class FinishedTrialError(DLockError, UpdateFinishedTrialError):
     trial_id: int
 
 
+class ClaimError(DLockError, RuntimeError):
+    """Parameters that cannot be claimed here. Field: `number` (of the trial, or None)."""
+
+    number: int | None
+
+
 class IncompatibleDistributionError(DLockError, ValueError):
     """A parameter has another kind of distribution in this study. Field: `param_name`."""
 

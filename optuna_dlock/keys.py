@@ -55,6 +55,10 @@ class StudyKeys:
         self.dists = base + "dists"  # list: distribution by id, as JSON [name, distribution]
         self.dist_ids = base + "distids"  # hash: the same JSON -> id
         self.claims = base + "claims"  # hash: parameter name -> kind of distribution it must keep
+        self.param_sets = base + "sets"  # hash: digest of parameters -> number of the trial that claimed them
+        self.duplicates = (
+            base + "duplicates"
+        )  # hash: number -> whom it duplicates, and in which state that was
         self.user_attrs = base + "user"  # hash: key -> JSON
         self.system_attrs = base + "system"  # hash: key -> JSON
         _add_masters_keys(self, base)
