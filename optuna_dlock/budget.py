@@ -24,12 +24,14 @@ COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 class TrialBudget:
     """Exactly `n_trials` trials of a study, over all workers, threads and restarts.
 
-    `n_trials` of `study.optimize` counts per worker, and `MaxTrialsCallback` overshoots. Here the place of a trial
-    is taken on the server, in one step with its number: while as many trials count or run as may, none begins, and
-    `study.ask` raises `BudgetExhaustedError`. A trial that ends in a state that does not count gives its place
-    back. Trials that the study has already count too. An enqueued trial takes its place when it is started.
+    `n_trials` of `study.optimize` counts per worker, and `MaxTrialsCallback` overshoots. Here the place of a
+    trial is taken on the server, in one step with its number: while as many trials count or run as may, none
+    begins, and `study.ask` raises `BudgetExhaustedError`. A trial that ends in a state that does not count
+    gives its place back. Trials that the study has already count too. An enqueued trial takes its place when
+    it is started.
 
-    A worker that died keeps its place until heartbeats fail its trial: give the storage a `heartbeat_interval`.
+    A trial whose worker died keeps its place until heartbeats fail it: give the storage a
+    `heartbeat_interval`.
 
     Example:
         >>> budget = TrialBudget(study, n_trials=1000)
@@ -37,8 +39,8 @@ class TrialBudget:
 
     Args:
         study: On a `RedisLockedStorage`.
-        n_trials: How many. If the study has a budget already, the larger one holds for all: to raise it, restart
-            workers with a larger number; workers that still give the smaller one change nothing.
+        n_trials: How many. If the study has a budget already, the larger one holds for all: to raise it,
+            restart workers with a larger number; workers that still give the smaller one change nothing.
         states: Which final states count.
 
     Raises:

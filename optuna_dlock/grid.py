@@ -1,4 +1,4 @@
-"""A grid of points that are computed from their index, and an order of them that is never written down. Pure."""
+"""A grid whose points are computed from their index, in an order that is never written down. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _ROUNDS = 4  # enough for a pseudo-random permutation: Luby and Rackoff, SIAM J.
 class Grid:
     """All combinations of some values of some parameters, in an order that a seed decides.
 
-    Position -> index is a permutation, index -> values is a number in mixed radix: a grid of 10^12 points costs
-    as little as one of ten.
+    Position -> index is a permutation, index -> values is a number in mixed radix: a grid of 10^12 points
+    costs as little as one of ten.
 
     Args:
         search_space: Parameter -> its values.
@@ -59,8 +59,8 @@ class Grid:
 def permute(position: int, size: int, seed: int) -> int:
     """A pseudo-random permutation of 0..size-1, one element at a time.
 
-    A balanced Feistel network on the smallest even number of bits, walked until it is back below `size` ("cycle
-    walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
+    A balanced Feistel network on the smallest even number of bits, walked until it is back below `size`
+    ("cycle walking": Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
 
     Raises:
         ValueError: If the position is none of 0..size-1.

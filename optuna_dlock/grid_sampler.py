@@ -23,21 +23,21 @@ _LARGEST = 2**53  # what Lua can count to; nobody gets there
 class ClusterGridSampler(BaseSampler):
     """Optuna's `GridSampler` for many workers: each point of the grid is evaluated by exactly one trial.
 
-    The server hands out the points. One whose trial failed, or died and was failed by heartbeats, is handed out
-    again when all others were, to whichever worker asks next. When no point is left no trial begins: there
-    are none in excess. A trial stores its parameters and nothing of the grid.
+    The server hands out the points. One whose trial failed, or died and was failed by heartbeats, is handed
+    out again when all others were, to whichever worker asks next. When no point is left no trial begins:
+    there are none in excess. A trial stores its parameters and nothing of the grid.
 
-    `sampler.optimize(study, objective)` ends cleanly in every worker, and waits for points that may come back. With
-    plain `study.optimize(objective)` a worker ends when no point is left for it; one that comes too late for the
-    last point gets `BudgetExhaustedError`, and the very first trials of a study may find a grid smaller than the number of
-    workers used up: they are failed.
+    `sampler.optimize(study, objective)` ends cleanly in every worker, and waits for points that may come
+    back. With plain `study.optimize(objective)` a worker ends when no point is left for it, and one that comes
+    too late for the last point gets `BudgetExhaustedError`. Before the study knows its grid nothing is refused:
+    if a study begins with more workers than points, those in excess have their first trial failed.
 
     Enqueued trials with fixed parameters get no point, as with Optuna's. Do not combine it with
     `RetryFailedTrialCallback`: failed points come back by themselves, and would be evaluated twice.
 
     Example:
         >>> sampler = ClusterGridSampler({"x": [1, 2, 3], "kind": ["a", "b"]})
-        >>> study = optuna.create_study(storage=storage, study_name="grid", sampler=sampler, load_if_exists=True)
+        >>> study = optuna.create_study(storage=storage, study_name="grid", sampler=sampler)
         >>> sampler.optimize(study, objective)
 
     Args:
@@ -45,8 +45,8 @@ class ClusterGridSampler(BaseSampler):
         seed: Of the order of the points; the same in all workers.
         shuffle: False for the order of an odometer, the last name (alphabetically) turning fastest.
         states: The final states in which a point is done; with FAIL among them none is handed out twice.
-        max_retry: How often a point is handed out again, so that one that always fails does not go on for ever;
-            None for no limit.
+        max_retry: How often a point is handed out again, so that one that always fails does not go on for
+            ever; None for no limit.
 
     Raises:
         ValueError: If a parameter has no values or one twice, or a value is no str, float, int, bool or None.
@@ -95,7 +95,8 @@ class ClusterGridSampler(BaseSampler):
             func: The objective.
             n_trials: Trials of this worker at most.
             timeout: Seconds after which this worker begins no further trial.
-            wait: Whether to stay while the last points are being evaluated elsewhere, and to take over those that fail.
+            wait: Whether to stay while the last points are being evaluated elsewhere, and to take over those
+                that fail.
             **options: What else `study.optimize` takes: `n_jobs`, `catch`, `callbacks` and so on.
 
         Raises:

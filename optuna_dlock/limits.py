@@ -174,7 +174,7 @@ class StudyLimits:
             )
 
     def join_budget(self, n_trials: int, states: Collection[TrialState]) -> None:
-        """Give the study a budget; one that is there may only grow: the largest number that anybody gave holds.
+        """Give the study a budget; one that is there may only grow: the largest number ever given holds.
 
         Raises:
             ValueError: If it is no number of trials, or no set of final states.
@@ -289,8 +289,8 @@ class StudyLimits:
     def _other_grid(self, reply: Any) -> GridMismatchError:
         size = int(reply[2])
         return GridMismatchError(
-            f"study {self.study_id} searches another grid, of {size} points: all workers have to give the same "
-            "names, values, order, seed, states and max_retry; another grid needs another study",
+            f"study {self.study_id} searches another grid, of {size} points: all workers have to give the "
+            "same names, values, order, seed, states and max_retry; another grid needs another study",
             study_id=self.study_id,
             size=size,
         )
