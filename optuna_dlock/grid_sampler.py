@@ -28,9 +28,9 @@ class ClusterGridSampler(BaseSampler):
     there are none in excess. A trial stores its parameters and nothing of the grid.
 
     `sampler.optimize(study, objective)` ends cleanly in every worker, and waits for points that may come
-    back. With plain `study.optimize(objective)` a worker ends when no point is left for it, and one that comes
-    too late for the last point gets `BudgetExhaustedError`. Before the study knows its grid nothing is refused:
-    if a study begins with more workers than points, those in excess have their first trial failed.
+    back. With plain `study.optimize(objective)` a worker ends when no point is left for it, and one that
+    comes too late for the last point gets `BudgetExhaustedError`. Before the study knows its grid nothing is
+    refused: if a study begins with more workers than points, those in excess have their first trial failed.
 
     Enqueued trials with fixed parameters get no point, as with Optuna's. Do not combine it with
     `RetryFailedTrialCallback`: failed points come back by themselves, and would be evaluated twice.
