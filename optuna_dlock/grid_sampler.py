@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -18,6 +18,11 @@ from optuna_dlock.grid import Grid, GridValue
 from optuna_dlock.limits import GridUse, StudyLimits
 
 _LARGEST = 2**53  # what Lua can count to; nobody gets there
+
+
+class _Point(NamedTuple):
+    values: dict[str, GridValue]
+    retries: int
 
 
 class ClusterGridSampler(BaseSampler):
@@ -67,7 +72,7 @@ class ClusterGridSampler(BaseSampler):
         self._states = tuple(states)
         self._max_retry = max_retry
         self._digest = self._grid.digest(sorted(state.name for state in self._states), max_retry)
-        self._points: dict[tuple[int, int], dict[str, GridValue]] = {}
+        self._points: dict[tuple[int, int], _Point] = {}
         self._ends_by_refusal = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,7 +161,7 @@ class ClusterGridSampler(BaseSampler):
             )
         if param_name not in self._grid.search_space:
             raise ValueError(f"The parameter name, {param_name}, is not found in the given grid.")
-        value = self._point(study, trial)[param_name]
+        value = self._point(study, trial).values[param_name]
         if not param_distribution._contains(param_distribution.to_internal_repr(value)):
             warnings.warn(
                 f"The value `{value}` is out of range of the parameter `{param_name}`. "
@@ -173,30 +178,35 @@ class ClusterGridSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """See `BaseSampler`. Ends this worker's `study.optimize` if no point is left for it."""
-        self._points.pop((id(study._storage), trial._trial_id), None)
-        if self._ends_by_refusal or state not in self._states:
+        point = self._points.pop((id(study._storage), trial._trial_id), None)
+        if self._ends_by_refusal or (state not in self._states and self._comes_back(point)):
             return
-        # This trial still holds its point: what is left is the same as when it will be done.
+        # This trial still holds its point: what is left is the same as when that will be done, or given up.
         left = limits_of(study, "ClusterGridSampler").get().remaining
         if left == 0:
             with contextlib.suppress(RuntimeError):  # not within study.optimize: ask and tell
                 study.stop()
 
-    def _point(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, GridValue]:
+    def _comes_back(self, point: _Point | None) -> bool:
+        """Whether a point that failed will be handed out again."""
+        return self._max_retry is None or point is None or point.retries < self._max_retry
+
+    def _point(self, study: optuna.Study, trial: FrozenTrial) -> _Point:
         key = (id(study._storage), trial._trial_id)
         point = self._points.get(key)
         if point is None:
             limits = limits_of(study, "ClusterGridSampler")
             try:
-                position = limits.claim_point(trial.number, self._digest)
-                if position is None:
+                claimed = limits.claim_point(trial.number, self._digest)
+                if claimed is None:
                     self._define(limits)
-                    position = limits.claim_point(trial.number, self._digest)
+                    claimed = limits.claim_point(trial.number, self._digest)
             except (BudgetExhaustedError, GridMismatchError):
                 study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
                 raise
-            assert position is not None  # noqa: S101 the study has a grid now
-            point = self._points[key] = self._grid.point(position)
+            assert claimed is not None  # noqa: S101 the study has a grid now
+            position, retries = claimed
+            point = self._points[key] = _Point(self._grid.point(position), retries)
         return point
 
     def _define(self, limits: StudyLimits) -> None:

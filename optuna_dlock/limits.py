@@ -233,11 +233,12 @@ class StudyLimits:
         if reply[0] == DIFFERENT:
             raise self._other_grid(reply)
 
-    def claim_point(self, number: int, digest: str) -> int | None:
+    def claim_point(self, number: int, digest: str) -> tuple[int, int] | None:
         """The point of the grid that belongs to an unfinished trial; None if the study has no grid yet.
 
         Returns:
-            Its position in the order of the grid; the same one whenever that trial asks.
+            Its position in the order of the grid, and how often it was handed out again; the same whenever
+            that trial asks.
 
         Raises:
             GridMismatchError: If the study has another grid.
@@ -258,7 +259,7 @@ class StudyLimits:
             raise self._other_grid(reply)
         if reply[0] == NO_TRIAL:
             raise TrialNotFoundError(f"study {self.study_id} has no unfinished trial {number}")
-        return int(reply[1])
+        return int(reply[1]), int(reply[2])
 
     def get(self) -> Limits:
         """The limits, and what is used of them; one round trip."""
