@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna_dlock import __version__
 from optuna_dlock.errors import DLockError, InvalidURLError
-from optuna_dlock.url import parse_url
+from optuna_dlock.server import server_of_url
 
 if TYPE_CHECKING:
     from optuna_dlock import RedisLockedStorage
@@ -224,7 +224,7 @@ def _stop(args: argparse.Namespace) -> int:
 def _open(url: str) -> RedisLockedStorage:
     from optuna_dlock import RedisLockedStorage
 
-    folder = parse_url(url).embedded_path
+    folder = server_of_url(url, None).embedded_path
     if folder is not None and not os.path.exists(folder):
         # Opening it would create it, and then find it in order.
         raise InvalidURLError(f"there is no embedded storage at {folder}", url=url)
