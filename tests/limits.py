@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 
 import optuna
@@ -44,21 +43,16 @@ def join(place: str) -> Iterator[Join]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storages: list[RedisLockedStorage] = []
 
-    def make(sampler: BaseSampler | None = None, **options: int) -> optuna.Study:
-        storages.append(connect(place, **options))
+    def make(sampler: BaseSampler | None = None, heartbeat_interval: int | None = None) -> optuna.Study:
+        storages.append(
+            RedisLockedStorage(place, heartbeat_interval=heartbeat_interval, grace_period=heartbeat_interval)
+        )
         return optuna.create_study(storage=storages[-1], study_name="s", sampler=sampler, load_if_exists=True)
 
     yield make
     for storage in storages:
         storage.close()
     optuna.logging.set_verbosity(before)
-
-
-def connect(url: str, **options: int) -> RedisLockedStorage:
-    """A storage; heartbeats are experimental, and Optuna says so each time."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return RedisLockedStorage(url, heartbeat_interval=options.get("heartbeat_interval"))
 
 
 def count(study: optuna.Study, *states: TrialState) -> int:

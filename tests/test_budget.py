@@ -21,7 +21,6 @@ from tests.limits import (
     RUNNING,
     WAITING,
     Join,
-    connect,
     count,
     join,
     place,
@@ -242,6 +241,14 @@ def test_who_waits_leaves_when_the_last_trial_counts(join: Join, looks: list[int
     assert len(other.trials) == 1
 
 
+def test_who_waits_fails_trials_of_dead_workers_and_takes_over(join: Join) -> None:
+    study, dead = join(heartbeat_interval=1), join()
+    budget = TrialBudget(study, n_trials=1)
+    storage_of(dead).record_heartbeat(dead.ask()._trial_id)  # its last one
+    budget.optimize(lambda _: 2.0)
+    assert [t.state for t in study.trials] == [FAIL, COMPLETE]
+
+
 def test_who_does_not_want_to_wait_leaves(join: Join, looks: list[int]) -> None:
     study = join()
     budget = TrialBudget(study, n_trials=2)
@@ -364,7 +371,7 @@ def test_a_budget_costs_one_round_trip_and_reads_each_finished_trial_once(valkey
 def _work(url: str, folder: Path, n_trials: int, n_jobs: int, hangs: bool) -> None:
     """Body of a worker; one that hangs begins a trial, says so, and never ends it."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.load_study(study_name="s", storage=connect(url, heartbeat_interval=1))
+    study = optuna.load_study(study_name="s", storage=RedisLockedStorage(url))
     objective = Uneven()
 
     def hang(trial: optuna.Trial) -> float:
@@ -393,6 +400,8 @@ def test_exactly_n_trials_count_over_many_workers_of_which_some_are_killed(
         (tmp_path / "go").touch()
         for worker in workers[n_workers:]:
             worker.kill()
+        for path in tmp_path.glob("hangs*"):  # as a reaper does
+            study.tell(int(path.name.removeprefix("hangs")), state=FAIL)
         for worker in workers[:n_workers]:
             worker.join(120.0)
             assert worker.exitcode == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optuna_dlock.grid import Grid, permute
@@ -16,6 +16,7 @@ from optuna_dlock.grid import Grid, permute
 SPACE: dict[str, list[Any]] = {"y": ["a", "b", None], "x": [1, 2], "z": [0.5, True]}
 
 
+@settings(deadline=None)  # a busy machine
 @given(size=st.integers(1, 700), seed=st.integers())
 def test_the_order_is_a_permutation(size: int, seed: int) -> None:
     assert sorted(permute(position, size, seed) for position in range(size)) == list(range(size))

@@ -14,7 +14,7 @@ from optuna_dlock import ClusterGridSampler, RedisLockedStorage, TrialBudget, cl
 from optuna_dlock.errors import StudyNotFoundError, StudyStoppedError
 from optuna_dlock.limits import StudyLimits
 from tests.contention.crew import PROCESSES, wait_until
-from tests.limits import COMPLETE, RUNNING, WAITING, Join, connect, count, join, place, storage_of, three
+from tests.limits import COMPLETE, RUNNING, WAITING, Join, count, join, place, storage_of, three
 from tests.proxy import CuttingProxy
 from tests.servers import Server
 
@@ -141,7 +141,7 @@ def test_a_deleted_study_takes_its_limits_with_it(join: Join, place: str) -> Non
 def _work(url: str, folder: Path) -> None:
     """Body of a worker that runs trials until it is stopped, and says how it ended."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.load_study(study_name="s", storage=connect(url))
+    study = optuna.load_study(study_name="s", storage=RedisLockedStorage(url))
 
     def objective(trial: optuna.Trial) -> float:
         (folder / f"runs{trial.number}").touch()
