@@ -31,6 +31,7 @@ from tests.limits import (
     storage_of,
     three,
 )
+from tests.masters import Masters
 from tests.proxy import CuttingProxy
 from tests.servers import Server
 
@@ -344,6 +345,33 @@ def test_a_claim_whose_reply_was_lost_gets_the_same_point(valkey: Server) -> Non
         assert limits.claim_point(storage.get_trial(trial_id).number, "d") == (0, 0)
         storage.create_new_trial(study._study_id)
         assert limits.claim_point(1, "d") == (1, 0)
+
+
+def test_a_master_that_lost_its_data_gets_points_reissues_and_budget_back() -> None:
+    with Masters("valkey", 3) as masters, RedisLockedStorage(masters.urls) as storage:
+        study = optuna.create_study(storage=storage, study_name="s", sampler=ClusterGridSampler(SIX))
+        TrialBudget(study, n_trials=6)
+        held = study.ask()
+        study.optimize(failing(x_of(study.ask())), n_trials=1, catch=(ArithmeticError,))
+        study.tell(1, state=FAIL)
+        study.tell(study.ask(), 1.0)  # puts the failed point in line
+        masters.restart_empty(0)
+        wait_until(lambda: _asks_until_copied(study, masters, b":reissues"), "a copy of all")
+        masters.kill(1)
+        with RedisLockedStorage(masters.urls) as other:
+            sampler = ClusterGridSampler(SIX)
+            late = optuna.load_study(study_name="s", storage=other, sampler=sampler)
+            for running in late.get_trials(states=(RUNNING,)):
+                late.tell(running.number, state=FAIL)
+            sampler.optimize(late, x_of)
+            assert sampler.progress(late) == (6, 6, 0, 0)
+            assert count(late, COMPLETE) == 6
+    assert held.number == 0
+
+
+def _asks_until_copied(study: optuna.Study, masters: Masters, name: bytes) -> bool:
+    study.set_user_attr("a section", 1)  # so that somebody notices who is behind
+    return any(key.endswith(name) for key in masters.servers[0].command("KEYS", "*"))
 
 
 def test_a_sampler_may_be_pickled(join: Join) -> None:
