@@ -429,7 +429,7 @@ def test_32_processes_evaluate_each_point_once_though_some_are_killed(
         for path in tmp_path.glob("hangs*"):  # as a reaper does
             study.tell(int(path.name.removeprefix("hangs")), state=FAIL)
         for worker in workers[4:]:
-            worker.join(280.0)
+            worker.join(120.0 + SIZE / 10)
             assert worker.exitcode == 0
     finally:
         for worker in workers:
