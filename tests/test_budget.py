@@ -144,7 +144,7 @@ def test_the_largest_number_that_a_worker_gives_holds_for_all(join: Join) -> Non
     TrialBudget(join(), n_trials=2)
     assert budget.remaining() == 1
     TrialBudget(join(), n_trials=10)  # as text, 10 is less than 3
-    assert budget.remaining() == 7
+    assert budget.remaining() == 8
 
 
 def test_change_sets_a_budget_and_lift_takes_it_away(join: Join) -> None:
