@@ -42,7 +42,7 @@ class StudyKeys:
 
     def __init__(self, prefix: str, study_id: int) -> None:
         base = f"{prefix}:{{{study_id}}}:"
-        self.meta = base + "meta"  # hash: number of trials, revision of the log's first entry
+        self.meta = base + "meta"  # hash: number of trials, revision of the log's first entry, limits
         self.lock = base + "lock"  # the section lock, see lock_keys()
         self.ops = base + "ops"  # hash: client -> last operation and its number (G6)
         self.live = base + "live"  # hash: number -> record of each unfinished trial
@@ -56,11 +56,11 @@ class StudyKeys:
         self.dist_ids = base + "distids"  # hash: the same JSON -> id
         self.claims = base + "claims"  # hash: parameter name -> kind of distribution it must keep
         self.param_sets = base + "sets"  # hash: digest of parameters -> number of the trial that claimed them
-        self.duplicates = (
-            base + "duplicates"
-        )  # hash: number -> whom it duplicates, and in which state that was
+        self.duplicates = base + "duplicates"  # hash: number -> whom it repeats, in which state that was
         self.user_attrs = base + "user"  # hash: key -> JSON
         self.system_attrs = base + "system"  # hash: key -> JSON
+        self.points = base + "points"  # hash: number -> point of the grid that this unfinished trial holds
+        self.reissues = base + "reissues"  # list: points of the grid to be given out again
         _add_masters_keys(self, base)
         self.trial_base = base + "t:"
 

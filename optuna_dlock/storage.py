@@ -26,6 +26,7 @@ from optuna_dlock.duplicates import Duplicate
 from optuna_dlock.ensemble import Ensemble
 from optuna_dlock.ensemble_lock import EnsembleLocks
 from optuna_dlock.errors import DLockError, TrialNotFoundError
+from optuna_dlock.limits import StudyLimits
 from optuna_dlock.lock import LockManager
 from optuna_dlock.node import Node
 from optuna_dlock.section import Section
@@ -275,6 +276,34 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
             )
             for study_id, info, user_attrs, system_attrs in self._registry.all(self._node)
         ]
+
+    def stop_study(self, study_id: int) -> None:
+        """Let no trial of a study begin any more: its workers finish the running ones and end.
+
+        `study.ask` and `study.optimize` end with a `StudyStoppedError`, until `resume_study`.
+        """
+        self.limits(study_id).stop()
+
+    def resume_study(self, study_id: int) -> None:
+        """Let trials of a stopped study begin again."""
+        self.limits(study_id).resume()
+
+    def limits(self, study_id: int) -> StudyLimits:
+        """What bounds a study: its stop flag, its trial budget, its grid.
+
+        Raises:
+            StudyNotFoundError: If there is no such study.
+        """
+        with self._node.lock:
+            self._registry.info(self._node, study_id)
+            return StudyLimits(
+                self._node,
+                self._registry.study_keys(study_id),
+                self._client,
+                Section(self._node, self._locks, study_id),
+                functools.partial(self._gone, study_id),
+                study_id,
+            )
 
     # -- trials ------------------------------------------------------------------------------------
 

@@ -57,6 +57,8 @@ KEY_NAMES = {
     "duplicates": ":duplicates",
     "offers": ":offers",
     "heartbeats": ":heartbeats",
+    "points": ":points",
+    "reissues": ":reissues",
     "trial": r":t:\d+",
     "attributes": ":(user|system|duplicates)",
     "lock": ":lock",
@@ -413,6 +415,13 @@ def _use_studies_and_trials(storage: RedisLockedStorage) -> None:
     storage.get_all_trials(study_id)
     storage.get_n_trials(study_id)
     storage.get_best_trial(study_id)
+    limits = storage.limits(study_id)
+    limits.stop()
+    limits.resume()
+    limits.join_budget(100, [TrialState.COMPLETE])
+    limits.define_grid("digest", 10, [TrialState.COMPLETE], None)
+    limits.claim_point(storage.get_trial_number_from_id(storage.create_new_trial(study_id)), "digest")
+    limits.get()
     storage.delete_study(gone)
 
 
