@@ -509,7 +509,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
     def _take_back(self, study_id: int, requeue: bool, force: bool) -> list[int]:
         if self._worker_name is None and not os.environ.get(WORKER_VARIABLE):
             raise ValueError(
-                f"without a name this worker cannot have been here before: give worker_name or ${WORKER_VARIABLE}"
+                f"a worker without a name has no past: give worker_name or set ${WORKER_VARIABLE}"
             )
         with self._node.lock:
             trials, stale = self._trials(study_id), set(self._get_stale_trial_ids(study_id))
