@@ -262,8 +262,14 @@ def _go_on(url: str, folder: Path, deferred: bool) -> None:
     (folder / "started").touch()
     wait_until((folder / "go on").exists, "told to go on")
     outcomes = []
+
+    def report() -> None:
+        trial.report(0.5, 1)
+        storage.remove_session()
+        trial.report(0.5, 2)  # the first one may have been sent without waiting
+
     for write in (
-        lambda: (trial.report(0.5, 1), storage.remove_session(), trial.report(0.5, 2)),
+        report,
         lambda: trial.suggest_float("late", 0, 1),
         lambda: trial.set_user_attr("late", 1),
         lambda: storage.set_trial_state_values(trial._trial_id, WAITING),
@@ -289,9 +295,12 @@ def test_a_former_worker_that_was_only_paused_is_refused(
     storage, study = _load(url, worker_name="w1", heartbeat_interval=1, grace_period=1)
     with storage:
         taken: list[optuna.Trial] = []
-        wait_until(
-            lambda: bool(taken.extend(storage.take_back_trials(study)) or taken), "its heartbeats ended"
-        )
+
+        def take() -> bool:
+            taken.extend(storage.take_back_trials(study))
+            return bool(taken)
+
+        wait_until(take, "its heartbeats ended")
         os.kill(former.pid, signal.SIGCONT)
         (tmp_path / "go on").touch()
         wait_until((tmp_path / "outcomes").exists, "it has tried")
@@ -382,7 +391,8 @@ def test_a_write_that_comes_in_between_is_not_lost(url: str, monkeypatch: pytest
     with one, two, other:
         trial_id = first.ask()._trial_id
         others.get_trials()
-        pack, packed = Runners._pack_again, []
+        pack = Runners._pack_again
+        packed: list[bytes] = []
 
         def write_first(self: Runners, *args: Any) -> bytes:
             record = pack(self, *args)
