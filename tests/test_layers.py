@@ -13,10 +13,21 @@ import optuna_dlock
 PACKAGE = Path(optuna_dlock.__file__).parent
 # From the top to the ground.
 LAYERS = {
-    "tools": {"cli", "demo", "demo_view", "demo_worker", "audit", "doctor"},
+    "tools": {
+        *("cli", "demo", "demo_view", "demo_worker", "audit", "doctor"),
+        *("cli_completion", "cli_locks", "cli_output", "cli_studies", "cli_trials"),
+    },
     "facade": {"__init__", "storage"},
     "state": {"studies", "trials", "trial_reads", "cache", "live_trial", "runners", "heartbeats"},
-    "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
+    "exclusion": {
+        "section",
+        "lock",
+        "lock_table",
+        "lease",
+        "distributed_lock",
+        "pottery_lock",
+        "ensemble_lock",
+    },
     "server": {
         *("node", "channel", "scripts", "server", "embedded", "supervisor"),
         *("ensemble", "master", "repair"),
