@@ -74,6 +74,12 @@ class StudyTrials(TrialReader):
         self._deferred = deferred
         self._lost_race = -1  # after how many round trips a claim last failed
         self._set_field = script("set_trial_field")
+        self._create_trial = script("create_trial")
+        self._creation_keys = [
+            *(keys.meta, "section lock", keys.ops, keys.live, keys.log),
+            *(keys.waiting, keys.finished, keys.order),
+            *(keys.ran_by, keys.workers, keys.heartbeats),
+        ]
 
     # -- creation ----------------------------------------------------------------------------------
 
@@ -86,14 +92,11 @@ class StudyTrials(TrialReader):
         else:
             state = template.state
             record = self._pack_template(template)
-        keys, cache, waits = self._keys, self._cache, self._node.waits
+        cache, waits = self._cache, self._node.waits
+        self._creation_keys[1] = self._section.key()
         reply = self._section.run(
-            script("create_trial"),
-            [
-                *(keys.meta, self._section.key(), keys.ops, keys.live, keys.log),
-                *(keys.waiting, keys.finished, keys.order),
-                *(keys.ran_by, keys.workers, keys.heartbeats),
-            ],
+            self._create_trial,
+            self._creation_keys,
             [
                 *(record, self._client, self._node.next_sequence(), cache.order_read, _WITH_CREATION),
                 *(self._me if state is TrialState.RUNNING else NOBODY, self._heartbeats),
