@@ -26,12 +26,12 @@ from optuna_dlock.codec import pack_running
 from optuna_dlock.keys import StudyKeys
 from optuna_dlock.scripts import script
 from optuna_dlock.worker import WorkerProcess, this_worker
-from tests.contention.crew import PROCESSES, wait_until
 from tests.masters import Masters
 from tests.servers import Server
 
 MINIMIZE = [StudyDirection.MINIMIZE]
 WAITING, RUNNING, COMPLETE = TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE
+PROCESSES = multiprocessing.get_context("forkserver")
 FORKS: Any = multiprocessing.get_context("fork")
 
 pytestmark = pytest.mark.filterwarnings(
@@ -40,6 +40,14 @@ pytestmark = pytest.mark.filterwarnings(
 )
 _numbers = itertools.count()
 Connect = Callable[..., RedisLockedStorage]
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for something that another thread or process does."""
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline, f"not within a minute: {what}"
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module", params=["1 master", "3 masters"])
