@@ -25,12 +25,14 @@ from optuna_dlock.errors import (
     StudyNotFoundError,
     StudyStoppedError,
     TrialNotFoundError,
+    TrialTakenError,
     UnsupportedStorageError,
 )
 from optuna_dlock.grid_sampler import ClusterGridSampler
 from optuna_dlock.skipping import claim_or_skip, skip_duplicates
 from optuna_dlock.storage import RedisLockedStorage
 from optuna_dlock.twins import claim_finished, claim_params
+from optuna_dlock.worker import Worker
 
 __version__ = "0.1.0"
 
@@ -44,6 +46,7 @@ __all__ = [
     "claim_params",
     "claim_finished",
     "Duplicate",
+    "Worker",
     "DLockError",
     "AccessDeniedError",
     "ClaimError",
@@ -66,4 +69,5 @@ __all__ = [
     "StudyStoppedError",
     "TrialNotFoundError",
     "UnsupportedStorageError",
+    "TrialTakenError",
 ]

@@ -13,14 +13,14 @@ from optuna_dlock.codec import state_of
 from optuna_dlock.duplicates import Duplicate, duplicate_of, fingerprint, read_duplicates
 from optuna_dlock.errors import ClaimError, CorruptRecordError
 from optuna_dlock.live_trial import LiveTrial
+from optuna_dlock.runners import Runners
 from optuna_dlock.scripts import BEHIND, FINISHED, NO_STUDY, NO_TRIAL, NOT_RUNNING, OK, script
-from optuna_dlock.trials import StudyTrials
 
 _BATCH = 500  # trials for which one script call claims
 _OWNER_COMPLETE, _OWNER_RUNNING = 1, 2  # answers of claim_params
 
 
-class ClaimedTrials(StudyTrials):
+class ClaimedTrials(Runners):
     """The trials of one study, and which of them may train which parameters."""
 
     def claim_params(self, number: int, extra: Any) -> Duplicate | None:

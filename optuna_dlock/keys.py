@@ -52,6 +52,8 @@ class StudyKeys:
         self.waiting = base + "waiting"  # sorted set: numbers of WAITING trials
         self.offers = base + "offers"  # hash: number -> client the head of the queue was shown to
         self.heartbeats = base + "heartbeats"  # sorted set: number, scored by server time in ms
+        self.workers = base + "workers"  # hash: description of a worker -> its index (1, 2, ...)
+        self.ran_by = base + "ranby"  # list: by number, index of the worker that ran it last; 0: nobody
         self.dists = base + "dists"  # list: distribution by id, as JSON [name, distribution]
         self.dist_ids = base + "distids"  # hash: the same JSON -> id
         self.claims = base + "claims"  # hash: parameter name -> kind of distribution it must keep
@@ -141,3 +143,20 @@ def lock_keys(prefix: str, name: str) -> LockKeys:
     if kind == "study" and study_id.isdecimal():
         return LockKeys(StudyKeys(prefix, int(study_id)).lock)
     return LockKeys(f"{prefix}:{{lock:{name}}}:lock")
+
+
+def lock_pattern(prefix: str) -> str:
+    """A pattern for SCAN that the keys of all held locks match; `lock_name` tells them from others."""
+    escaped = "".join(f"[{c}]" if c in "*?[]\\" else c for c in prefix)
+    return escaped + ":{*}:lock"
+
+
+def lock_name(prefix: str, key: str) -> str | None:
+    """The name of the lock whose holder stands under a key; None if it is another key."""
+    start, end = prefix + ":{", "}:lock"
+    if not key.startswith(start) or not key.endswith(end):
+        return None
+    tag = key[len(start) : -len(end)]
+    if tag.isdecimal():
+        return f"study:{tag}"
+    return tag.removeprefix("lock:") if tag.startswith("lock:") else None

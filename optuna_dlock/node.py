@@ -414,6 +414,7 @@ _TYPES = {
     "queue": "list",
     "sections": "list",
     "reissues": "list",
+    "ranby": "list",
 }
 
 

@@ -21,6 +21,7 @@ NOT_WAITING = -9
 NOT_HELD = -10
 STALE = -11
 NOT_RUNNING = -12
+TAKEN = -15
 EXHAUSTED = -30
 STOPPED = -31
 DIFFERENT = -32
@@ -68,8 +69,19 @@ SECTIONS = (
     *("next_study_id", "set_study_attr", "set_trial_field", "sweep_study"),
     *("claim_point", "define_grid", "set_budget", "stop_study"),
     *("confirm_state", "drop_lease", "renew_lease", "take_lease"),
+    "take_back_trial",
 )
-READS = ("get_changes", "get_limits", "get_stale_trials", "get_study_attrs", "get_trial", "read_key")
+READS = (
+    *(
+        "get_changes",
+        "get_limits",
+        "get_stale_trials",
+        "get_study_attrs",
+        "get_trial",
+        "get_workers",
+        "read_key",
+    ),
+)
 HINTS = ("record_heartbeat",)
 _BODY = "-- body\n"
 

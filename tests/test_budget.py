@@ -347,7 +347,7 @@ def test_a_study_without_limits_pays_nothing(valkey: Server) -> None:
     with RedisLockedStorage(f"{valkey.url}?prefix=free") as storage:
         study = optuna.create_study(storage=storage)
         study.ask()
-        calls = {"evalsha": 1, "hmget": 1, "exists": 1, "hget": 1, "hset": 3, "rpush": 1, "llen": 1}
+        calls = {"evalsha": 1, "hmget": 1, "exists": 1, "hget": 1, "hset": 3, "rpush": 2, "llen": 2}
         assert _calls_of_a_creation(valkey, study) == calls
 
 

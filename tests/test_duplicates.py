@@ -539,7 +539,8 @@ def test_who_waits_reaps_for_all_others_may_wait_too(any_url: str, connect: Conn
     """Optuna looks for dead workers before each new trial; a cluster that only waits begins none."""
     storage = connect(any_url, heartbeat_interval=1, grace_period=1)
     study = optuna.create_study(storage=storage)
-    first, second = ask(study, x=1), ask(study, x=1)
+    dying = optuna.load_study(study_name=study.study_name, storage=connect(any_url))
+    first, second = ask(dying, x=1), ask(study, x=1)
     assert claim_params(first) is None
     storage.record_heartbeat(first._trial_id)  # its last one
     assert claim_params(second, on_running="wait") is None

@@ -16,6 +16,11 @@ LAYERS = {
     "tools": {
         "audit",
         "cli",
+        "cli_completion",
+        "cli_locks",
+        "cli_output",
+        "cli_studies",
+        "cli_trials",
         "demo",
         "demo_view",
         "demo_worker",
@@ -34,8 +39,10 @@ LAYERS = {
     "state": {
         "cache",
         "claims",
+        "heartbeats",
         "limits",
         "live_trial",
+        "runners",
         "studies",
         "trial_reads",
         "trials",
@@ -45,6 +52,7 @@ LAYERS = {
         "ensemble_lock",
         "lease",
         "lock",
+        "lock_table",
         "pottery_lock",
         "section",
     },
@@ -69,6 +77,7 @@ LAYERS = {
         "quorum",
         "retry",
         "url",
+        "worker",
     },
 }
 HEIGHT = {module: len(LAYERS) - at for at, (_, modules) in enumerate(LAYERS.items()) for module in modules}

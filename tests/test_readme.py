@@ -22,9 +22,12 @@ def _section(title: str) -> str:
     return _TEXT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-@pytest.mark.parametrize(("example", "words"), [(0, "{'x': "), (1, "")])
-def test_the_examples_run_as_they_stand(example: int, words: str) -> None:
-    assert len(_EXAMPLES) >= 2
+# What some of them print; the others only have to end well.
+_WORDS = {0: "{'x': ", 2: "trained of 50"}
+
+
+@pytest.mark.parametrize("example", range(len(_EXAMPLES)))
+def test_the_examples_run_as_they_stand(example: int) -> None:
     with tempfile.TemporaryDirectory() as folder:  # `tmp_path` is too long for the name of a unix socket
         done = subprocess.run(
             [sys.executable, "-W", "error::DeprecationWarning:optuna_dlock", "-c", _EXAMPLES[example]],
@@ -35,9 +38,9 @@ def test_the_examples_run_as_they_stand(example: int, words: str) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert words in done.stdout
+        assert _WORDS.get(example, "") in done.stdout
         assert (Path(folder) / "optuna.valkey").is_dir()
-        assert example == 0 or (Path(folder) / "data.txt").exists()
+        assert example != 1 or (Path(folder) / "data.txt").exists()
 
 
 def test_the_parameters_are_those_of_the_code() -> None:
