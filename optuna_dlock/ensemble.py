@@ -45,6 +45,7 @@ from optuna_dlock.scripts import (
     masters_script,
     wrapped,
 )
+from optuna_dlock.spacing import Spacing
 
 _logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Ensemble:
         on_fork: Called in a forked child, so that the owner forgets what belongs to the parent.
         clock: Of the ballots, in seconds since the epoch; nothing depends on its being right.
         repair: Whether masters that are behind are brought up to date in the background.
+        spacing: What keeps contenders apart besides leases.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Ensemble:
         on_fork: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
         repair: bool = True,
+        spacing: Spacing | None = None,
     ) -> None:
         members = [address for address, _ in servers]
         self.prefix = prefix
@@ -127,6 +130,7 @@ class Ensemble:
         self.keys = RegistryKeys(prefix)
         self._on_fork = on_fork
         self._clock = clock
+        self._spacing = spacing or Spacing()
         self._servers = list(servers)
         self._poll = select.poll()
         self._repairing = repair
@@ -152,6 +156,7 @@ class Ensemble:
         self.lock = threading.RLock()
         for master in self.masters:
             master.forget()
+        self._spacing.forget()
         self._start_anew()
         if self._on_fork is not None:
             self._on_fork()
@@ -161,6 +166,7 @@ class Ensemble:
         with self.lock:
             for master in self.masters:
                 master.close()
+        self._spacing.close()
         if self._repairs is not None:
             self._repairs.stop()
 
@@ -277,6 +283,14 @@ class Ensemble:
     def _section(self, name: str, keys: Sequence[str], args: Sequence[Argument], collect: bool = True) -> Any:
         """Run a critical section, on a majority at least; its reply."""
         obj = self._object(keys[0])
+        try:
+            return self._section_of(obj, name, keys, args, collect)
+        finally:
+            self._spacing.give_back(obj.name)
+
+    def _section_of(
+        self, obj: _Object, name: str, keys: Sequence[str], args: Sequence[Argument], collect: bool
+    ) -> Any:
         trying = self._trying(longest=0.02, first=0.0005)
         while True:
             if obj.ballot is not None:
@@ -292,6 +306,7 @@ class Ensemble:
             elif collect and self._outstanding:
                 self._collect()
                 continue
+            self._spacing.take(obj.name)
             if not self._acquire(obj):
                 if obj.is_lacking and self._is_unknown(obj):
                     return [NO_STUDY]

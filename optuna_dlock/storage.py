@@ -20,6 +20,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, trial_id_of
+from optuna_dlock.channel import Connection
 from optuna_dlock.distributed_lock import DistributedLock
 from optuna_dlock.ensemble import Ensemble
 from optuna_dlock.ensemble_lock import EnsembleLocks
@@ -28,6 +29,7 @@ from optuna_dlock.lock import LockManager
 from optuna_dlock.node import Node
 from optuna_dlock.section import Section
 from optuna_dlock.server import server_of_client, server_of_url
+from optuna_dlock.spacing import Spacing
 from optuna_dlock.studies import Registry
 from optuna_dlock.trials import StudyTrials
 
@@ -46,6 +48,17 @@ def _lock_manager(backend: str) -> type[LockManager]:
     from optuna_dlock.pottery_lock import PotteryLockManager  # needs the extra `pottery`, and only here
 
     return PotteryLockManager
+
+
+def _masters_backend(
+    backend: str, ensemble: Ensemble, make_connections: Sequence[Callable[[], Connection]]
+) -> tuple[Spacing, EnsembleLocks]:
+    if backend == "redlock":
+        return Spacing(), EnsembleLocks(ensemble)
+    from optuna_dlock import pottery_masters
+
+    spacing = pottery_masters.PotterySpacing(make_connections, ensemble.address)
+    return spacing, pottery_masters.PotteryEnsembleLocks(ensemble, make_connections)
 
 
 def _locked(method: Any) -> Any:
@@ -81,7 +94,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         prefix: First part of all key names; "optuna" if neither this nor `?prefix=` is given.
         timeout: Seconds for which a call goes on trying while the server is away.
         lock: Which lock guards sections of several steps and `lock()`: "redlock" is this package's own,
-            "pottery" is `pottery.Redlock`.
+            "pottery" is `pottery.Redlock`. On several masters it also keeps contenders for any section apart.
         deferred_writes: Whether parameters, reports and attributes of a trial that this process runs are
             sent at once but confirmed by the next call that waits. A trial is told finished only after all of
             them were. A refusal is raised by the next call on that trial.
@@ -126,8 +139,6 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         self._server = (
             server_of_client(url, prefix) if isinstance(url, redis.Redis) else server_of_url(url, prefix)
         )
-        if lock != "redlock" and self._server.masters:
-            raise ValueError(f"lock={lock!r} works on one master only; {self._server.address} are several")
         self._connect()
         self._node.command("PING")
 
@@ -157,9 +168,12 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
     def _connect_to_masters(self) -> None:
         servers = [(m.address, m.connection_factory(self._timeout)) for m in self._server.masters]
         prefix = self._server.prefix
+        spacing, locks = _masters_backend(
+            self._lock_backend, Ensemble(servers, prefix, self._timeout), [make for _, make in servers]
+        )
+        ensemble = Ensemble(servers, prefix, self._timeout, on_fork=self._start_anew, spacing=spacing)
         # The same faces: what is used of them here is what both have.
-        self._node = cast("Node", Ensemble(servers, prefix, self._timeout, on_fork=self._start_anew))
-        self._locks = cast("LockManager", EnsembleLocks(Ensemble(servers, prefix, self._timeout)))
+        self._node, self._locks = cast("Node", ensemble), cast("LockManager", locks)
         self._start_anew()
 
     def _start_anew(self) -> None:

@@ -109,11 +109,6 @@ def test_a_list_that_makes_no_sense_is_refused(urls: list[str], what: str) -> No
         RedisLockedStorage(urls)
 
 
-def test_lock_pottery_is_refused_on_several_masters(url: str) -> None:
-    with pytest.raises(ValueError, match="one master"):
-        RedisLockedStorage(url, lock="pottery")
-
-
 def test_a_master_that_evicts_keys_is_refused() -> None:
     with Masters("valkey", 3) as masters:
         masters.servers[1].command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")

@@ -16,10 +16,13 @@ LAYERS = {
     "tools": {"cli", "demo", "demo_view", "demo_worker", "audit", "doctor"},
     "facade": {"__init__", "storage"},
     "state": {"studies", "trials", "trial_reads", "cache", "live_trial"},
-    "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
+    "exclusion": {
+        *("section", "lock", "lease", "distributed_lock", "pottery_lock"),
+        *("ensemble_lock", "pottery_masters"),
+    },
     "server": {
         *("node", "channel", "scripts", "server", "embedded", "supervisor"),
-        *("ensemble", "master", "repair"),
+        *("ensemble", "master", "repair", "spacing"),
     },
     "ground": {"errors", "keys", "codec", "distributions", "url", "retry", "quorum"},
 }
