@@ -212,7 +212,10 @@ class Ensemble:
                 return b"PONG"
             if name not in _READ_COMMANDS:
                 raise ValueError(f"{name} is no command for several masters")
-            return self._read("read_key", [str(args[1])], [name, *args[2:]])
+            reply = self._read("read_key", [str(args[1])], [name, *args[2:]])
+            if reply == [NO_STUDY]:  # what does not exist is empty, as on one server
+                return None if name in ("GET", "HGET") else []
+            return reply
 
     def make_head(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Head:
         """The unchanging first part of a Post."""

@@ -350,6 +350,28 @@ def _wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+def test_who_works_on_a_study_that_another_has_deleted_is_told_in_every_call(url: str) -> None:
+    one, two = RedisLockedStorage(url), RedisLockedStorage(url)
+    study_id = create(one)
+    running, waiting = (
+        two.create_new_trial(study_id, optuna.trial.create_trial(state=state))
+        for state in (TrialState.RUNNING, TrialState.WAITING)
+    )
+    one.delete_study(study_id)
+    calls: list[Callable[[], object]] = [
+        lambda: two.set_trial_state_values(waiting, TrialState.RUNNING),
+        lambda: two.set_trial_state_values(running, TrialState.COMPLETE, [1.0]),
+        lambda: two.create_new_trial(study_id),
+        lambda: two.get_all_trials(study_id),
+        lambda: two.set_study_user_attr(study_id, "a", 1),
+    ]
+    for call in calls:
+        with pytest.raises(KeyError):
+            call()
+    assert two._locks.holder(f"study:{study_id}") is None
+    two._locks.free_if_dead(f"study:{study_id}")
+
+
 # -- locks -----------------------------------------------------------------------------------------
 
 
