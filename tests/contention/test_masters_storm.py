@@ -11,6 +11,8 @@ import pytest
 from tests.contention.conftest import CrewMaker
 from tests.contention.crew import Crew, wait_until
 from tests.contention.facts import Record
+from tests.contention.places import QUICK, SEVERAL, Place, groups
+from tests.contention.routes import OWN_ROUTE
 from tests.contention.worker import MIX
 from tests.masters import KINDS, Masters
 from tests.proxy import CuttingProxy
@@ -28,17 +30,23 @@ KINDS_THAT_COME_BACK = [
         ],
     ),
 ]
+_COMES_BACK = pytest.mark.xfail(reason="a full resync brings back what was", strict=False)
+_KEYDB_MARKS = (pytest.mark.skipif(not find_binary("keydb"), reason="no keydb server here"), _COMES_BACK)
+KEYDB_THAT_COMES_BACK = [pytest.param("keydb", n, marks=_KEYDB_MARKS) for n in (2, 3)]
+REPLICATED_THAT_COMES_BACK = [pytest.param("replicated", n, marks=_COMES_BACK) for n in (2, 3)]
 HOLDER = "tests.contention.holder:Holder"
 STORM = {**MIX, "fenced_tick": 3}
 TIMEOUT = 10.0
 
 
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_workers_lose_nothing_while_some_die_and_pause(kind: str, n: int, make_crew: CrewMaker) -> None:
+@pytest.mark.parametrize("lock", ["redlock", "pottery"])
+@pytest.mark.parametrize("wanted", groups(*SEVERAL))
+def test_workers_lose_nothing_while_some_die_and_pause(
+    wanted: tuple[str, int], lock: str, make_crew: CrewMaker
+) -> None:
     """G1-G6 while all masters are up."""
-    with Masters(kind, n) as masters:
-        crew = _crew(make_crew, masters, 12)
+    with Masters(*wanted) as masters:
+        crew = _crew(make_crew, masters, 12, lock=lock)
         with crew:
             crew.wait_for_more(crew.jobs)
             crew.kill(crew.jobs[:2])
@@ -47,8 +55,27 @@ def test_workers_lose_nothing_while_some_die_and_pause(kind: str, n: int, make_c
             crew.resume(crew.jobs[2:4])
             crew.kill(crew.jobs[4:6])
             crew.wait_for_more([*crew.jobs[2:4], *crew.jobs[6:]], 30)
-            crew.finish()
+            _finish(crew)
         _assert_sound(crew)
+
+
+@pytest.mark.parametrize("group", groups(*QUICK), indirect=True)
+def test_workers_whose_clocks_are_wrong_by_five_seconds_lose_nothing(
+    place: Place, make_crew: CrewMaker
+) -> None:
+    """G7: some are ahead and some behind, so that nearly every ballot is the wrong one at first."""
+    crew = make_crew(place.url, 12, timeout=TIMEOUT, worker_class=HOLDER, mix=STORM)
+    for at, skew in enumerate((5.0, 5.0, 5.0, -5.0, -5.0, -5.0)):
+        crew.jobs[at] = replace(crew.jobs[at], storage_class=OWN_ROUTE, options={"skew": skew})
+    with crew:
+        crew.wait_for_more(crew.jobs, 20)
+        crew.kill([crew.jobs[0], crew.jobs[3]])
+        crew.pause([crew.jobs[1], crew.jobs[4]])
+        crew.wait_for_more(crew.jobs[6:], 30)
+        crew.resume([crew.jobs[1], crew.jobs[4]])
+        crew.wait_for_more([*crew.jobs[1:3], *crew.jobs[4:]], 30)
+        _finish(crew)
+    _assert_sound(crew)
 
 
 @pytest.mark.parametrize("kind", KINDS_THAT_COME_BACK)
@@ -75,25 +102,85 @@ def test_masters_that_die_pause_and_come_back_empty_are_not_noticed_by_workers(
             masters.restart_empty(1)
             crew.wait_for_more(crew.jobs[1:], 20)
             _wait_until_whole(masters, crew)
-            crew.finish()
+            _finish(crew)
         _assert_sound(crew)
         assert not [f for r in crew.records().values() for f in r.of("unavailable")]
 
 
-def test_workers_that_are_cut_off_from_one_master_lose_nothing(make_crew: CrewMaker) -> None:
-    """Each of some workers reaches another master only through a proxy that drops connections."""
-    with Masters("valkey", 3) as masters, CuttingProxy(masters.servers[1].port) as proxy:
-        # The proxy stands in for the second master, under the name by which all know it.
-        far = masters.url.replace(f":{masters.servers[1].port}", f":{proxy.port}")
-        crew = make_crew(far, 8, timeout=TIMEOUT, worker_class=HOLDER, mix=STORM)
+@pytest.mark.parametrize("lock", ["redlock", "pottery"])
+@pytest.mark.parametrize("group", groups(*QUICK), indirect=True)
+def test_a_worker_that_is_cut_off_from_one_master_loses_nothing_and_keeps_nobody_up(
+    place: Place, lock: str, make_crew: CrewMaker
+) -> None:
+    """Only this one: the others reach all masters, and believe that all are well."""
+    with CuttingProxy(place.servers[0].port) as proxy:
+        crew = make_crew(place.url, 8, timeout=TIMEOUT, lock=lock, worker_class=HOLDER, mix=STORM)
+        options = {"detour": {place.servers[0].port: proxy.port}}
+        crew.jobs[0] = replace(crew.jobs[0], storage_class=OWN_ROUTE, options=options)
+        reached = crew.jobs if len(place.servers) > 2 else crew.jobs[1:]  # two masters: it needs both
         with crew:
-            proxy.cut_randomly(0.02, seed=1)
-            crew.wait_for_more(crew.jobs, 30)
+            proxy.cut_randomly(0.05, seed=1)
+            crew.wait_for_more(crew.jobs, 20)
             proxy.black_hole()
-            crew.wait_for_more(crew.jobs, 20)
+            crew.wait_for_more(reached, 15)
             proxy.restore()
+            crew.wait_for_more(crew.jobs, 15)
+            proxy.refuse()
+            proxy.cut_all()
+            crew.wait_for_more(reached, 15)
+            proxy.restore()
+            crew.wait_for_more(crew.jobs, 15)
+            _finish(crew)
+        _assert_sound(crew)
+        unavailable = [name for name, record in crew.records().items() if record.of("unavailable")]
+        assert not set(unavailable) - ({crew.jobs[0].name} if len(place.servers) == 2 else set())
+
+
+@pytest.mark.parametrize("lock", ["redlock", "pottery"])
+@pytest.mark.parametrize(("kind", "n"), [("replicated", 2), ("replicated", 3), *KEYDB_THAT_COMES_BACK])
+def test_workers_do_not_notice_when_replication_between_masters_breaks(
+    kind: str, n: int, lock: str, make_crew: CrewMaker
+) -> None:
+    """A cut link loses writes, or delivers them late, one way or both: none of it is what decides."""
+    with Masters(kind, n) as masters:
+        crew = _crew(make_crew, masters, 10, lock=lock)
+        with crew:
+            crew.wait_for_more(crew.jobs)
+            masters.cut(0, 1)
             crew.wait_for_more(crew.jobs, 20)
-            crew.finish()
+            crew.kill(crew.jobs[:1])
+            masters.mend(0, 1)
+            masters.wait_until_linked()
+            crew.wait_for_more(crew.jobs[1:], 20)
+            masters.cut(1, 0, both=False, backlog=True)
+            crew.pause(crew.jobs[1:3])
+            crew.wait_for_more(crew.jobs[3:], 20)
+            masters.mend(1, 0, both=False)
+            masters.set_delay(0.05)
+            crew.resume(crew.jobs[1:3])
+            crew.wait_for_more(crew.jobs[1:], 20)
+            _finish(crew)
+        _assert_sound(crew)
+        assert not [f for r in crew.records().values() for f in r.of("unavailable")]
+
+
+@pytest.mark.parametrize(("kind", "n"), [*REPLICATED_THAT_COMES_BACK, *KEYDB_THAT_COMES_BACK])
+def test_a_full_resync_between_masters_takes_nothing_back(kind: str, n: int, make_crew: CrewMaker) -> None:
+    """All keys of one master, as they were when the link was cut, are copied over those of another (fact 4)."""
+    with Masters(kind, n) as masters:
+        crew = _crew(make_crew, masters, 10)
+        with crew:
+            crew.wait_for_more(crew.jobs)
+            masters.resync(0, 1)
+            crew.wait_for_more(crew.jobs, 20)
+            masters.cut(0, 1)
+            crew.wait_for_more(crew.jobs, 30)
+            masters.mend(0, 1)
+            masters.resync(0, 1)
+            crew.wait_for_more(crew.jobs, 20)
+            masters.resync(1, 0)
+            crew.wait_for_more(crew.jobs, 20)
+            _finish(crew)
         _assert_sound(crew)
 
 
@@ -113,8 +200,8 @@ def test_all_masters_may_go_down_and_come_back_with_what_they_kept(kind: str, ma
             for index in range(3):
                 masters.start(index)
             crew.resume(crew.jobs)
-            crew.wait_for_more(crew.jobs, 60)
-            crew.finish()
+            crew.wait_for_more(crew.jobs, 30)
+            _finish(crew, least=2)
         _assert_sound(crew, least=2)
 
 
@@ -137,14 +224,25 @@ def _votes(masters: Masters, index: int) -> bool:
     return len(keys) >= 2 and all(server.command("HEXISTS", key, "s") for key in keys)
 
 
+def _finish(crew: Crew, least: int = 10) -> None:
+    """Send all home, once so much has happened that the audit has something to compare."""
+    wait_until(lambda: not _missing(crew, least), f"{least} facts of each kind")
+    crew.finish()
+
+
+def _missing(crew: Crew, least: int) -> list[str]:
+    records = crew.records().values()
+    kinds = ("created", "popped", "told", "wrote", "study attr", "ticked")
+    return [kind for kind in kinds if sum(len(record.of(kind)) for record in records) < least]
+
+
 def _assert_sound(crew: Crew, least: int = 10) -> None:
     problems = crew.problems()
     for problem in problems[:3]:
         print(problem.text)
     assert problems == []
+    assert _missing(crew, least) == []
     records: dict[str, Record] = crew.records()
-    for kind in ("created", "popped", "told", "wrote", "study attr"):
-        assert sum(len(record.of(kind)) for record in records.values()) >= least, kind
     # Who loses a race for a trial; a short run of few workers may have none.
     refused = sum(len(record.of("refused")) for record in records.values())
     assert refused > 0 or least < 10
