@@ -352,6 +352,7 @@ class Ensemble:
         """Note the ballots that masters have told."""
         for reply in request.replies.values():
             if isinstance(reply, list) and reply[0] in (STALE_BALLOT, LEASED):
+                self.ballots.see(reply[1].decode())
                 obj.highest = max(obj.highest, reply[1].decode())
 
     def _acquire(self, obj: _Object, thoroughly: bool = False) -> bool:

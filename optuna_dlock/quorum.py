@@ -24,7 +24,9 @@ def needed_for_rebuild(n: int) -> int:
 class Ballots:
     """Ballots of one client: unique, and higher than any this client has seen.
 
-    They begin with the time, which only saves a retry; their order is checked by the masters.
+    They begin with the time, which only saves a retry; their order is checked by the masters. Who sees ballots
+    of a clock that is ahead goes by that clock from then on, or it would lose nearly every race against it
+    (as hybrid logical clocks do: Kulkarni et al., "Logical Physical Clocks", 2014).
 
     Args:
         clock: Seconds since the epoch; may be wrong.
@@ -34,12 +36,19 @@ class Ballots:
         self._clock = clock
         self._client = random.SystemRandom().randrange(10**_CLIENT)
         self._last = 0
+        self._behind = 0  # microseconds
+
+    def see(self, ballot: str) -> None:
+        """Somebody has this one now."""
+        self._behind = max(self._behind, int(ballot[:_MICROSECONDS]) - self._now())
 
     def next(self, seen: str = FIRST_BALLOT) -> str:
         """A ballot above all before, and above one that a master has told."""
-        now = int(self._clock() * 1e6)
-        self._last = max(now, self._last + 1, int(seen[:_MICROSECONDS]) + 1)
+        self._last = max(self._now() + self._behind, self._last + 1, int(seen[:_MICROSECONDS]) + 1)
         return f"{self._last:0{_MICROSECONDS}d}{self._client:0{_CLIENT}d}"
+
+    def _now(self) -> int:
+        return int(self._clock() * 1e6)
 
 
 class State(NamedTuple):

@@ -67,6 +67,20 @@ def test_ballots_rise_though_the_clock_goes_back_and_pass_what_others_had() -> N
     assert ballots.next() > third
 
 
+def test_who_sees_a_ballot_of_a_clock_that_is_ahead_goes_by_it() -> None:
+    """Else the one whose clock is ahead wins every race for the next ballot."""
+    now = 100.0
+    slow, quick = Ballots(lambda: now), Ballots(lambda: now + 5)
+    slow.see(quick.next())
+    now += 0.01
+    mine, theirs = slow.next(), quick.next()
+    assert mine[:16] == theirs[:16]
+    now += 0.01
+    assert slow.next() > theirs
+    slow.see("0" * 28)
+    assert slow.next() > theirs, "an old one changes nothing"
+
+
 def test_ballots_of_two_clients_differ_at_the_same_microsecond() -> None:
     assert Ballots(lambda: 1.0).next() != Ballots(lambda: 1.0).next()
 
