@@ -363,6 +363,8 @@ class Ensemble:
         """
         ballot = self.ballots.next(obj.highest)
         obj.is_lacking = False
+        if sum(master.connected for master in self.masters) < self.q:
+            return False  # who cannot win must not take the turn from those who can
         request, runs = self._ask_for_votes(obj, ballot, self.masters, gate=True)
         if self._is_taken(request):
             self._learn(obj, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -25,7 +26,9 @@ from optuna_dlock.errors import (
     QuorumError,
     ServerConfigurationError,
 )
+from tests.contention.routes import OwnRoute
 from tests.masters import Masters
+from tests.proxy import CuttingProxy
 from tests.servers import Server
 
 _numbers = itertools.count()
@@ -186,6 +189,30 @@ def test_two_of_three_that_lost_their_data_are_not_taken_for_a_majority() -> Non
             masters.start(index)
         with pytest.raises(QuorumError):
             RedisLockedStorage(masters.url, timeout=2.0).get_all_trials(study_id)
+
+
+def test_who_reaches_no_majority_leaves_the_turn_to_those_who_do() -> None:
+    with Masters("valkey", 3) as masters, contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(CuttingProxy(server.port)) for server in masters.servers[:2]]
+        detour = {s.port: p.port for s, p in zip(masters.servers, proxies, strict=False)}
+        near, far = RedisLockedStorage(masters.url), OwnRoute(masters.url, detour=detour, timeout=1.0)
+        study_id = create(near)
+        far.create_new_trial(study_id)
+        near.create_new_trial(study_id)
+        for proxy in proxies:
+            proxy.refuse()
+            proxy.cut_all()
+        with pytest.raises(QuorumError):
+            far.create_new_trial(study_id)
+        waits = near._node.waits
+        assert near.create_new_trial(study_id) & 0xFFFF == 2
+        assert near._node.waits == waits + 1
+        (key,) = masters.servers[2].command("KEYS", f"*{{{study_id}}}:ballots")
+        assert masters.servers[2].command("HGET", key, "p").decode() == _ballot_of(near, study_id)
+
+
+def _ballot_of(storage: RedisLockedStorage, study_id: int) -> str | None:
+    return ensemble_of(storage)._object(storage._registry.study_keys(study_id).ballots).ballot
 
 
 # -- sections --------------------------------------------------------------------------------------

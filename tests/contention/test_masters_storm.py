@@ -166,7 +166,7 @@ def test_workers_do_not_notice_when_replication_between_masters_breaks(
 
 @pytest.mark.parametrize(("kind", "n"), [*REPLICATED_THAT_COMES_BACK, *KEYDB_THAT_COMES_BACK])
 def test_a_full_resync_between_masters_takes_nothing_back(kind: str, n: int, make_crew: CrewMaker) -> None:
-    """All keys of one master, as they were when the link was cut, are copied over those of another (fact 4)."""
+    """All keys of a master, as they were when the link was cut, are copied over those of another (fact 4)."""
     with Masters(kind, n) as masters:
         crew = _crew(make_crew, masters, 10)
         with crew:
