@@ -24,9 +24,9 @@ def needed_for_rebuild(n: int) -> int:
 class Ballots:
     """Ballots of one client: unique, and higher than any this client has seen.
 
-    They begin with the time, which only saves a retry; their order is checked by the masters. Who sees a ballot
-    of a clock that is ahead goes by that clock from then on, or it would lose nearly every race against it (as
-    hybrid logical clocks do: Kulkarni et al., "Logical Physical Clocks", 2014).
+    They begin with the time, which only saves a retry; their order is checked by the masters. Who sees a
+    ballot of a clock that is ahead goes by that clock from then on, or it would lose nearly every race
+    against it (as hybrid logical clocks do: Kulkarni et al., "Logical Physical Clocks", 2014).
 
     Args:
         clock: Seconds since the epoch; may be wrong.
