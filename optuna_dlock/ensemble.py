@@ -366,7 +366,7 @@ class Ensemble:
         if sum(master.connected for master in self.masters) < self.q:
             return False  # who cannot win must not take the turn from those who can
         request, runs = self._ask_for_votes(obj, ballot, self.masters, gate=True)
-        if self._is_taken(request):
+        if len(runs) == 1:  # the one that is asked first says no: there is nothing to give back
             self._learn(obj, request)
             return False
         if self._accepted(request):
@@ -405,7 +405,7 @@ class Ensemble:
         """Send a ballot to these masters, and wait until a majority has granted it, or none can.
 
         Returns:
-            The request, and the run of each master that it was sent to.
+            The request, and the run of each master that it was sent to: of one, if `gate` ended it.
         """
         request, script = Request(), masters_script("acquire_ballot")
         request.lost.update(m.index for m in self.masters if m not in masters or not m.connected)
@@ -420,7 +420,7 @@ class Ensemble:
                 # All contenders ask the same master first: who loses there keeps nobody from a majority.
                 self._wait_for(master, request, _GATE)
                 if self._is_taken(request):
-                    return request, runs
+                    return request, {master.index: master.run}
         self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
         return request, runs
 

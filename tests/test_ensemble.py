@@ -16,6 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 import optuna_dlock.ensemble
+import optuna_dlock.master
 from optuna_dlock import RedisLockedStorage
 from optuna_dlock.ensemble import Ensemble, _Object
 from optuna_dlock.errors import (
@@ -26,6 +27,8 @@ from optuna_dlock.errors import (
     QuorumError,
     ServerConfigurationError,
 )
+from optuna_dlock.master import Request
+from optuna_dlock.scripts import OK, masters_script
 from tests.contention.routes import OwnRoute
 from tests.masters import Masters
 from tests.proxy import CuttingProxy
@@ -209,6 +212,49 @@ def test_who_reaches_no_majority_leaves_the_turn_to_those_who_do() -> None:
         assert near._node.waits == waits + 1
         (key,) = masters.servers[2].command("KEYS", f"*{{{study_id}}}:ballots")
         assert masters.servers[2].command("HGET", key, "p").decode() == _ballot_of(near, study_id)
+
+
+def test_replies_that_nobody_has_read_for_long_are_no_reason_to_connect_anew(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial may take hours after its last write."""
+    monkeypatch.setattr(optuna_dlock.master, "_PATIENCE", 0.5)
+    storage = RedisLockedStorage(url)
+    trial = optuna.create_study(storage=storage).ask()
+    trial.set_user_attr("a", 1)
+    before = [master._channel for master in ensemble_of(storage).masters]
+    assert ensemble_of(storage).outstanding == 1
+    time.sleep(0.6)
+    assert storage.get_trial(trial._trial_id).user_attrs == {"a": 1}
+    assert [master._channel for master in ensemble_of(storage).masters] == before
+
+
+def test_a_lease_that_is_granted_after_the_turn_was_lost_elsewhere_is_given_back() -> None:
+    """Else all others wait until it has run out."""
+    with Masters("valkey", 3) as masters:
+        holder, late = RedisLockedStorage(masters.url), RedisLockedStorage(masters.url)
+        study_id = create(holder)
+        late.create_new_trial(study_id)
+        ports = [int(master.address.rpartition(":")[2]) for master in ensemble_of(holder).masters]
+        first, second = ([s.port for s in masters.servers].index(port) for port in ports[:2])
+        masters.kill(first)
+        holder.create_new_trial(study_id)
+        late.get_n_trials(study_id)
+        obj = ensemble_of(late)._object(late._registry.study_keys(study_id).ballots)
+        ballot = ensemble_of(holder).ballots.next()
+        request, script = Request(), masters_script("acquire_ballot")
+        holding = ensemble_of(holder).masters[2]
+        holding.send_script(script, [obj.ballots_key], [ballot, 60_000], request)
+        assert ensemble_of(holder).reply_of(holding, request, 5.0)[0] == OK
+        masters.pause(second)
+        obj.ballot = None
+        assert not ensemble_of(late)._acquire(obj)
+        masters.resume(second)
+        server = masters.servers[second]
+        (key,) = server.command("KEYS", f"*{{{study_id}}}:ballots")
+        mine = b"%012d" % ensemble_of(late).ballots._client
+        _wait_until(lambda: server.command("HGET", key, "p").endswith(mine), "it was granted")
+        _wait_until(lambda: server.command("HGET", key, "l") == b"0", "it was given back")
 
 
 def _ballot_of(storage: RedisLockedStorage, study_id: int) -> str | None:
