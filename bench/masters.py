@@ -2,8 +2,8 @@
 
 Processes that all want the next number of one study; one worker loop; the price of `lock="pottery"`; one of
 three masters that is killed under load and comes back empty. A KeyDB pair in active-replica mode is measured
-where `--keydb` names its program. It exits with 1 only if a number was lost or given twice, or a worker met an
-error.
+where `--keydb` names its program. It exits with 1 only if a number was lost or given twice, or a worker met
+an error.
 """
 
 from __future__ import annotations
