@@ -11,7 +11,7 @@ import pytest
 from tests.contention.conftest import CrewMaker
 from tests.contention.crew import Crew, wait_until
 from tests.contention.facts import Record
-from tests.contention.places import QUICK, SEVERAL, Place, groups
+from tests.contention.places import QUICK, SEVERAL, Place, groups, slow
 from tests.contention.routes import OWN_ROUTE
 from tests.contention.worker import MIX
 from tests.masters import KINDS, Masters
@@ -34,6 +34,7 @@ _COMES_BACK = pytest.mark.xfail(reason="a full resync brings back what was", str
 _KEYDB_MARKS = (pytest.mark.skipif(not find_binary("keydb"), reason="no keydb server here"), _COMES_BACK)
 KEYDB_THAT_COMES_BACK = [pytest.param("keydb", n, marks=_KEYDB_MARKS) for n in (2, 3)]
 REPLICATED_THAT_COMES_BACK = [pytest.param("replicated", n, marks=_COMES_BACK) for n in (2, 3)]
+LOCKS = ["redlock", pytest.param("pottery", marks=slow)]
 HOLDER = "tests.contention.holder:Holder"
 STORM = {**MIX, "fenced_tick": 3}
 TIMEOUT = 10.0
@@ -78,13 +79,14 @@ def test_workers_whose_clocks_are_wrong_by_five_seconds_lose_nothing(
     _assert_sound(crew)
 
 
+@pytest.mark.parametrize("lock", LOCKS)
 @pytest.mark.parametrize("kind", KINDS_THAT_COME_BACK)
 def test_masters_that_die_pause_and_come_back_empty_are_not_noticed_by_workers(
-    kind: str, make_crew: CrewMaker
+    kind: str, lock: str, make_crew: CrewMaker
 ) -> None:
     """One of three at a time: killed and started empty, paused, killed and started with its RDB."""
     with Masters(kind, 3) as masters:
-        crew = _crew(make_crew, masters, 10)
+        crew = _crew(make_crew, masters, 10, lock=lock)
         with crew:
             crew.wait_for_more(crew.jobs)
             masters.kill(0)
@@ -184,11 +186,14 @@ def test_a_full_resync_between_masters_takes_nothing_back(kind: str, n: int, mak
         _assert_sound(crew)
 
 
+@pytest.mark.parametrize("lock", LOCKS)
 @pytest.mark.parametrize("kind", KINDS_THAT_COME_BACK)
-def test_all_masters_may_go_down_and_come_back_with_what_they_kept(kind: str, make_crew: CrewMaker) -> None:
+def test_all_masters_may_go_down_and_come_back_with_what_they_kept(
+    kind: str, lock: str, make_crew: CrewMaker
+) -> None:
     """A cold start: no run is left to copy from, so each goes on with what it kept."""
     with Masters(kind, 3, appendonly=kind != "keydb", extra=("--appendfsync", "always")) as masters:
-        crew = _crew(make_crew, masters, 6, pause=0.01)
+        crew = _crew(make_crew, masters, 6, pause=0.01, lock=lock)
         with crew:
             crew.wait_for_more(crew.jobs, 20)
             crew.pause(crew.jobs)
