@@ -33,7 +33,10 @@ KINDS_THAT_COME_BACK = [
 _COMES_BACK = pytest.mark.xfail(reason="a full resync brings back what was", strict=False)
 _KEYDB_MARKS = (pytest.mark.skipif(not find_binary("keydb"), reason="no keydb server here"), _COMES_BACK)
 KEYDB_THAT_COMES_BACK = [pytest.param("keydb", n, marks=_KEYDB_MARKS) for n in (2, 3)]
-REPLICATED_THAT_COMES_BACK = [pytest.param("replicated", n, marks=_COMES_BACK) for n in (2, 3)]
+REPLICATED_THAT_COMES_BACK = [
+    pytest.param("replicated", 2, marks=_COMES_BACK),
+    pytest.param("replicated", 3, marks=(_COMES_BACK, slow)),
+]
 LOCKS = ["redlock", pytest.param("pottery", marks=slow)]
 HOLDER = "tests.contention.holder:Holder"
 STORM = {**MIX, "fenced_tick": 3}
@@ -109,7 +112,7 @@ def test_masters_that_die_pause_and_come_back_empty_are_not_noticed_by_workers(
         assert not [f for r in crew.records().values() for f in r.of("unavailable")]
 
 
-@pytest.mark.parametrize("lock", ["redlock", "pottery"])
+@pytest.mark.parametrize("lock", LOCKS)
 @pytest.mark.parametrize("group", groups(*QUICK), indirect=True)
 def test_a_worker_that_is_cut_off_from_one_master_loses_nothing_and_keeps_nobody_up(
     place: Place, lock: str, make_crew: CrewMaker
@@ -138,7 +141,7 @@ def test_a_worker_that_is_cut_off_from_one_master_loses_nothing_and_keeps_nobody
         assert not set(unavailable) - ({crew.jobs[0].name} if len(place.servers) == 2 else set())
 
 
-@pytest.mark.parametrize("lock", ["redlock", "pottery"])
+@pytest.mark.parametrize("lock", LOCKS)
 @pytest.mark.parametrize(("kind", "n"), [("replicated", 2), ("replicated", 3), *KEYDB_THAT_COMES_BACK])
 def test_workers_do_not_notice_when_replication_between_masters_breaks(
     kind: str, n: int, lock: str, make_crew: CrewMaker
