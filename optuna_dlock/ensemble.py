@@ -46,6 +46,7 @@ from optuna_dlock.scripts import (
     masters_script,
     wrapped,
 )
+from optuna_dlock.spacing import Spacing
 
 _logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class Ensemble:
         on_fork: Called in a forked child, so that the owner forgets what belongs to the parent.
         clock: Of the ballots, in seconds since the epoch; nothing depends on its being right.
         repair: Whether masters that are behind are brought up to date in the background.
+        spacing: What keeps contenders apart besides leases.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Ensemble:
         on_fork: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
         repair: bool = True,
+        spacing: Spacing | None = None,
     ) -> None:
         members = [address for address, _ in servers]
         self.prefix = prefix
@@ -144,6 +147,7 @@ class Ensemble:
         self.keys = RegistryKeys(prefix)
         self._on_fork = on_fork
         self._clock = clock
+        self._spacing = spacing or Spacing()
         self._servers = list(servers)
         self._poll, self._polled = select.poll(), set[int]()
         self._repairing = repair
@@ -172,6 +176,7 @@ class Ensemble:
         self.lock = threading.RLock()
         for master in self.masters:
             master.forget()
+        self._spacing.forget()
         self._start_anew()
         if self._on_fork is not None:
             self._on_fork()
@@ -181,6 +186,7 @@ class Ensemble:
         with self.lock:
             for master in self.masters:
                 master.close()
+        self._spacing.close()
         if self._repairs is not None:
             self._repairs.stop()
 
@@ -228,7 +234,10 @@ class Ensemble:
                 return b"PONG"
             if name not in _READ_COMMANDS:
                 raise ValueError(f"{name} is no command for several masters")
-            return self._read("read_key", [str(args[1])], [name, *args[2:]])
+            reply = self._read("read_key", [str(args[1])], [name, *args[2:]])
+            if reply == [NO_STUDY]:  # what does not exist is empty, as on one server
+                return None if name in ("GET", "HGET") else []
+            return reply
 
     def make_head(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Head:
         """The unchanging first part of a Post."""
@@ -327,6 +336,14 @@ class Ensemble:
     def _section(self, name: str, keys: Sequence[str], args: Sequence[Argument], collect: bool = True) -> Any:
         """Run a critical section, on a majority at least; its reply."""
         obj = self._object(keys[0])
+        try:
+            return self._section_of(obj, name, keys, args, collect)
+        finally:
+            self._spacing.give_back(obj.name)
+
+    def _section_of(
+        self, obj: _Object, name: str, keys: Sequence[str], args: Sequence[Argument], collect: bool
+    ) -> Any:
         trying = self._trying(longest=0.02, first=0.0005)
         while True:
             if obj.ballot is not None:
@@ -343,6 +360,7 @@ class Ensemble:
             elif collect and len(self._outstanding) > self._unsent:
                 self._collect()
                 continue
+            self._spacing.take(obj.name)
             if not self._acquire(obj):
                 if obj.is_lacking and self._is_unknown(obj):
                     return [NO_STUDY]
@@ -385,6 +403,7 @@ class Ensemble:
         """Note the ballots that masters have told."""
         for reply in request.replies.values():
             if isinstance(reply, list) and reply[0] in (STALE_BALLOT, LEASED):
+                self.ballots.see(reply[1].decode())
                 obj.highest = max(obj.highest, reply[1].decode())
 
     def _acquire(self, obj: _Object, thoroughly: bool = False) -> bool:
@@ -395,8 +414,10 @@ class Ensemble:
         """
         ballot = self.ballots.next(obj.highest)
         obj.is_lacking = False
+        if sum(master.connected for master in self.masters) < self.q:
+            return False  # who cannot win must not take the turn from those who can
         request, runs = self._ask_for_votes(obj, ballot, self.masters, gate=True)
-        if self._is_taken(request):
+        if len(runs) == 1:  # the one that is asked first says no: there is nothing to give back
             self._learn(obj, request)
             return False
         if self._accepted(request):
@@ -436,7 +457,7 @@ class Ensemble:
         """Send a ballot to these masters, and wait until a majority has granted it, or none can.
 
         Returns:
-            The request, and the run of each master that it was sent to.
+            The request, and the run of each master that it was sent to: of one, if `gate` ended it.
         """
         request, script = Request(), masters_script("acquire_ballot")
         request.lost.update(m.index for m in self.masters if m not in masters or not m.connected)
@@ -451,7 +472,7 @@ class Ensemble:
                 # All contenders ask the same master first: who loses there keeps nobody from a majority.
                 self._wait_for(master, request, _GATE)
                 if self._is_taken(request):
-                    return request, runs
+                    return request, {master.index: master.run}
         self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
         return request, runs
 

@@ -110,6 +110,11 @@ def object_of(key: str) -> str:
     return key[: key.rindex("}:") + 2]
 
 
+def turn_key(name: str) -> str:
+    """Redlock of those who want the next section of an object (`lock="pottery"`); the same on all masters."""
+    return name + "turn"
+
+
 def on_master(prefix: str, address: str, run: str) -> str:
     """The prefix of all keys that belong to one run of one of several masters.
 

@@ -103,7 +103,9 @@ class Master:
     def tend(self) -> bool:
         """Take over a connection that was made, or begin to make one; whether it has just been connected."""
         if self._channel is not None:
-            if self._owed and time.monotonic() - self._owed[0][1] > _PATIENCE:
+            if self._is_overdue:
+                self.receive()  # it may have come long ago, while nobody looked
+            if self._is_overdue:
                 self.drop(TimeoutError(f"no reply for {_PATIENCE:g} s"))
             return False
         if self._attempt is not None:
@@ -124,6 +126,10 @@ class Master:
             )
             self._attempt.start()
         return False
+
+    @property
+    def _is_overdue(self) -> bool:
+        return bool(self._owed) and time.monotonic() - self._owed[0][1] > _PATIENCE
 
     def _connect(self) -> None:
         channel: SocketChannel | None = None

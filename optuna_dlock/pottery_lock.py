@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import redis
@@ -20,9 +20,36 @@ from optuna_dlock.lock import LockManager, parse_holder
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import OK, script
 
-_RETRY_DELAY = 0.2  # seconds, at most, between two tries: pottery's own
+RETRY_DELAY = 0.2  # seconds, at most, between two tries: pottery's own
 
 _NOTE = script("note_holder")
+
+
+def import_pottery(address: str) -> Any:
+    """The package, which comes with an extra.
+
+    Raises:
+        ServerConfigurationError: If it is not installed.
+    """
+    try:
+        import pottery
+    except ImportError:
+        raise ServerConfigurationError(
+            'lock="pottery" needs the package pottery: pip install "optuna-dlock[pottery]"',
+            address=address,
+        ) from None
+    return pottery
+
+
+def make_redlock(pottery: Any, key: str, masters: Iterable[redis.Redis], ttl: float) -> Any:
+    """A Redlock, not acquired yet, that may be extended as often as needed; its ttl is in seconds."""
+    return pottery.Redlock(
+        key=key,
+        masters=masters,
+        raise_on_redis_errors=True,
+        auto_release_time=ttl,
+        num_extensions=sys.maxsize,
+    )
 
 
 class PotteryLockManager(LockManager):
@@ -44,20 +71,13 @@ class PotteryLockManager(LockManager):
         timeout: float,
         prefix: str,
     ) -> None:
-        try:
-            import pottery
-        except ImportError:
-            raise ServerConfigurationError(
-                'lock="pottery" needs the package pottery: pip install "optuna-dlock[pottery]"',
-                address=address,
-            ) from None
-        self._pottery: Any = pottery
+        self._pottery = import_pottery(address)
         super().__init__(make_connection, address, timeout, prefix)
 
     def forget(self) -> None:
         """Start as a process that holds nothing."""
         super().forget()
-        self._client = redis.Redis(connection_pool=_Pool(self._make_connection))
+        self._client = redis.Redis(connection_pool=Pool(self._make_connection))
 
     def close(self) -> None:
         """Close idle connections and stop renewing: what is still held ends with its lease."""
@@ -78,13 +98,7 @@ class PotteryLockManager(LockManager):
 
     def acquire(self, lock: DistributedLock, limit: float | None) -> Lease:
         """Get the lock within `limit` seconds."""
-        redlock = self._pottery.Redlock(
-            key=lock.keys.holder,
-            masters={self._client},
-            raise_on_redis_errors=True,
-            auto_release_time=lock.ttl,
-            num_extensions=sys.maxsize,
-        )
+        redlock = make_redlock(self._pottery, lock.keys.holder, {self._client}, lock.ttl)
         start = time.monotonic()
         while True:
             asked = time.monotonic()
@@ -95,7 +109,7 @@ class PotteryLockManager(LockManager):
             left = None if limit is None else start + limit - time.monotonic()
             if left is not None and left <= 0:
                 raise not_acquired(lock, limit, self.holder(lock.name))
-            pause = random.uniform(0, _RETRY_DELAY)
+            pause = random.uniform(0, RETRY_DELAY)
             time.sleep(pause if left is None else min(pause, left))
 
     def release(self, lock: DistributedLock, lease: Lease) -> bool:
@@ -170,7 +184,7 @@ def _note(keys: LockKeys) -> str:
     return keys.wake("pottery")
 
 
-class _Pool(redis.ConnectionPool):
+class Pool(redis.ConnectionPool):
     """Hands out the connections that all others of this package use too: TLS, passwords, databases."""
 
     def __init__(self, make_connection: Callable[[], Connection]) -> None:

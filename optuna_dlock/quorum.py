@@ -26,7 +26,9 @@ class Ballots:
 
     After the epoch comes the time, which only saves a retry; their order is checked by the masters. An epoch
     ends when masters go on with what earlier runs of them have kept: no promise of before may outrank what
-    comes then.
+    comes then. Who sees a ballot of a clock that is ahead goes by that clock from then on, or it would lose
+    nearly every race against it (as hybrid logical clocks do: Kulkarni et al., "Logical Physical Clocks",
+    2014).
 
     Args:
         clock: Seconds since the epoch; may be wrong.
@@ -37,19 +39,28 @@ class Ballots:
         self._client = random.SystemRandom().randrange(10**_CLIENT)
         self._epoch = 0
         self._last = 0
+        self._behind = 0  # microseconds
+
+    def see(self, ballot: str) -> None:
+        """Somebody has this one now."""
+        epoch, microseconds = _parts(ballot)
+        self._epoch = max(self._epoch, epoch)
+        self._behind = max(self._behind, microseconds - self._now())
 
     def next(self, seen: str = FIRST_BALLOT) -> str:
         """A ballot above all before, and above one that a master has told."""
         epoch, microseconds = _parts(seen)
-        now = int(self._clock() * 1e6)
         self._epoch = max(self._epoch, epoch)
-        self._last = max(now, self._last + 1, microseconds + 1)
+        self._last = max(self._now() + self._behind, self._last + 1, microseconds + 1)
         return f"{self._epoch:0{_EPOCH}d}{self._last:0{_MICROSECONDS}d}{self._client:0{_CLIENT}d}"
 
     def next_epoch(self, seen: str) -> str:
         """A ballot of a new epoch, above all that can be made by whoever has not been told of it."""
         self._epoch = max(self._epoch, _parts(seen)[0]) + 1
         return self.next(seen)
+
+    def _now(self) -> int:
+        return int(self._clock() * 1e6)
 
 
 def _parts(ballot: str) -> tuple[int, int]:

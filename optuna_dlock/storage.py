@@ -22,6 +22,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, trial_id_of
+from optuna_dlock.channel import Connection
 from optuna_dlock.claims import ClaimedTrials
 from optuna_dlock.distributed_lock import DistributedLock
 from optuna_dlock.duplicates import Duplicate
@@ -34,6 +35,7 @@ from optuna_dlock.lock import LockManager
 from optuna_dlock.node import Node
 from optuna_dlock.section import Section
 from optuna_dlock.server import Server, server_of_client, server_of_url
+from optuna_dlock.spacing import Spacing
 from optuna_dlock.studies import Registry
 from optuna_dlock.worker import WORKER_VARIABLE, Worker, WorkerProcess, this_worker
 
@@ -58,6 +60,17 @@ def _quiet_node(server: Server, timeout: float) -> AnyNode:
         servers = [(m.address, m.connection_factory(timeout)) for m in server.masters]
         return Ensemble(servers, server.prefix, timeout, repair=False)
     return Node(server.connection_factory(timeout), server.address, timeout)
+
+
+def _masters_backend(
+    backend: str, ensemble: Ensemble, make_connections: Sequence[Callable[[], Connection]]
+) -> tuple[Spacing, EnsembleLocks]:
+    if backend == "redlock":
+        return Spacing(), EnsembleLocks(ensemble)
+    from optuna_dlock import pottery_masters
+
+    spacing = pottery_masters.PotterySpacing(make_connections, ensemble.address)
+    return spacing, pottery_masters.PotteryEnsembleLocks(ensemble, make_connections)
 
 
 def _locked(method: Any) -> Any:
@@ -93,7 +106,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         prefix: First part of all key names; "optuna" if neither this nor `?prefix=` is given.
         timeout: Seconds for which a call goes on trying while the server is away.
         lock: Which lock guards sections of several steps and `lock()`: "redlock" is this package's own,
-            "pottery" is `pottery.Redlock`.
+            "pottery" is `pottery.Redlock`. On several masters it also keeps contenders for any section apart.
         worker_name: Name of this worker in `get_trial_workers`; None takes `$OPTUNA_DLOCK_WORKER`, else a
             unique one. Under a name of its own, a worker that was restarted can take its trials back.
         deferred_writes: Whether parameters, reports and attributes of a trial that this process runs are
@@ -144,8 +157,6 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         self._server = (
             server_of_client(url, prefix) if isinstance(url, redis.Redis) else server_of_url(url, prefix)
         )
-        if lock != "redlock" and self._server.masters:
-            raise ValueError(f"lock={lock!r} works on one master only; {self._server.address} are several")
         self._connect()
         self._node.command("PING")
 
@@ -175,10 +186,13 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
     def _connect_to_masters(self) -> None:
         servers = [(m.address, m.connection_factory(self._timeout)) for m in self._server.masters]
         prefix = self._server.prefix
+        spacing, locks = _masters_backend(
+            self._lock_backend, Ensemble(servers, prefix, self._timeout), [make for _, make in servers]
+        )
         on_fork = functools.partial(self._start_anew, forked=True)
+        ensemble = Ensemble(servers, prefix, self._timeout, on_fork=on_fork, spacing=spacing)
         # The same faces: what is used of them here is what both have.
-        self._node = cast("Node", Ensemble(servers, prefix, self._timeout, on_fork=on_fork))
-        self._locks = cast("LockManager", EnsembleLocks(Ensemble(servers, prefix, self._timeout)))
+        self._node, self._locks = cast("Node", ensemble), cast("LockManager", locks)
         self._start_anew()
 
     def _start_anew(self, forked: bool = False) -> None:

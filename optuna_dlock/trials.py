@@ -311,6 +311,8 @@ class StudyTrials(TrialReader):
             if reply[0] == NO_TRIAL:
                 self._cache.forget_live(number)
                 raise self._trial_not_found(number)
+            if reply[0] == NO_STUDY:
+                raise self._gone()
             assert reply[0] == BEHIND  # noqa: S101 the only code left
             self._raise_refusal(trial)
             trial = self._refetch(number)

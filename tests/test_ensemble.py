@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -15,6 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 import optuna_dlock.ensemble
+import optuna_dlock.master
 from optuna_dlock import RedisLockedStorage
 from optuna_dlock.ensemble import Ensemble, _Object
 from optuna_dlock.errors import (
@@ -26,7 +28,11 @@ from optuna_dlock.errors import (
     ServerConfigurationError,
 )
 from optuna_dlock.keys import object_of
+from optuna_dlock.master import Request
+from optuna_dlock.scripts import OK, masters_script
+from tests.contention.routes import OwnRoute
 from tests.masters import Masters
+from tests.proxy import CuttingProxy
 from tests.servers import Server
 
 _numbers = itertools.count()
@@ -108,11 +114,6 @@ def test_the_same_server_under_two_names_is_refused_and_nothing_is_written(valke
 def test_a_list_that_makes_no_sense_is_refused(urls: list[str], what: str) -> None:
     with pytest.raises(InvalidURLError, match=what):
         RedisLockedStorage(urls)
-
-
-def test_lock_pottery_is_refused_on_several_masters(url: str) -> None:
-    with pytest.raises(ValueError, match="one master"):
-        RedisLockedStorage(url, lock="pottery")
 
 
 def test_a_master_that_evicts_keys_is_refused() -> None:
@@ -260,6 +261,75 @@ def test_of_what_masters_kept_the_latest_counts_and_promises_of_before_do_not() 
                 assert ahead._trials(study_id).create(None) == count, "it has to ask for the turn again"
             assert storage.get_n_trials(study_id) == count + 1
             assert ensemble._object(obj.name).highest > "0001"  # of a new epoch
+
+
+def test_who_reaches_no_majority_leaves_the_turn_to_those_who_do() -> None:
+    with Masters("valkey", 3) as masters, contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(CuttingProxy(server.port)) for server in masters.servers[:2]]
+        detour = {s.port: p.port for s, p in zip(masters.servers, proxies, strict=False)}
+        near, far = RedisLockedStorage(masters.url), OwnRoute(masters.url, detour=detour, timeout=1.0)
+        study_id = create(near)
+        far.create_new_trial(study_id)
+        near.create_new_trial(study_id)
+        for proxy in proxies:
+            proxy.refuse()
+            proxy.cut_all()
+        _wait_until(lambda: _connected(far) == 1, "it notices")
+        assert near.create_new_trial(study_id) & 0xFFFF == 2
+        (key,) = masters.servers[2].command("KEYS", f"*{{{study_id}}}:ballots")
+        promised = masters.servers[2].command("HGET", key, "p")
+        with pytest.raises(QuorumError):
+            far.create_new_trial(study_id)
+        assert masters.servers[2].command("HGET", key, "p") == promised
+
+
+def _connected(storage: RedisLockedStorage) -> int:
+    ensemble = ensemble_of(storage)
+    ensemble._receive(0.01)
+    return sum(master.connected for master in ensemble.masters)
+
+
+def test_replies_that_nobody_has_read_for_long_are_no_reason_to_connect_anew(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial may take hours after its last write."""
+    monkeypatch.setattr(optuna_dlock.master, "_PATIENCE", 0.5)
+    storage = RedisLockedStorage(url)
+    trial = optuna.create_study(storage=storage).ask()
+    trial.set_user_attr("a", 1)
+    before = [master._channel for master in ensemble_of(storage).masters]
+    assert ensemble_of(storage).outstanding == 1
+    time.sleep(0.6)
+    assert storage.get_trial(trial._trial_id).user_attrs == {"a": 1}
+    assert [master._channel for master in ensemble_of(storage).masters] == before
+
+
+def test_a_lease_that_is_granted_after_the_turn_was_lost_elsewhere_is_given_back() -> None:
+    """Else all others wait until it has run out."""
+    with Masters("valkey", 3) as masters:
+        holder, late = RedisLockedStorage(masters.url), RedisLockedStorage(masters.url)
+        study_id = create(holder)
+        late.create_new_trial(study_id)
+        ports = [int(master.address.rpartition(":")[2]) for master in ensemble_of(holder).masters]
+        first, second = ([s.port for s in masters.servers].index(port) for port in ports[:2])
+        masters.kill(first)
+        holder.create_new_trial(study_id)
+        late.get_n_trials(study_id)
+        obj = ensemble_of(late)._object(late._registry.study_keys(study_id).ballots)
+        ballot = ensemble_of(holder).ballots.next()
+        request, script = Request(), masters_script("acquire_ballot")
+        holding = ensemble_of(holder).masters[2]
+        holding.send_script(script, [obj.ballots_key], [ballot, 60_000], request)
+        assert ensemble_of(holder).reply_of(holding, request, 5.0)[0] == OK
+        masters.pause(second)
+        obj.ballot = None
+        assert not ensemble_of(late)._acquire(obj)
+        masters.resume(second)
+        server = masters.servers[second]
+        (key,) = server.command("KEYS", f"*{{{study_id}}}:ballots")
+        mine = b"%012d" % ensemble_of(late).ballots._client
+        _wait_until(lambda: server.command("HGET", key, "p").endswith(mine), "it was granted")
+        _wait_until(lambda: server.command("HGET", key, "l") == b"0", "it was given back")
 
 
 # -- sections --------------------------------------------------------------------------------------
@@ -465,6 +535,28 @@ def _wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+
+
+def test_who_works_on_a_study_that_another_has_deleted_is_told_in_every_call(url: str) -> None:
+    one, two = RedisLockedStorage(url), RedisLockedStorage(url)
+    study_id = create(one)
+    running, waiting = (
+        two.create_new_trial(study_id, optuna.trial.create_trial(state=state))
+        for state in (TrialState.RUNNING, TrialState.WAITING)
+    )
+    one.delete_study(study_id)
+    calls: list[Callable[[], object]] = [
+        lambda: two.set_trial_state_values(waiting, TrialState.RUNNING),
+        lambda: two.set_trial_state_values(running, TrialState.COMPLETE, [1.0]),
+        lambda: two.create_new_trial(study_id),
+        lambda: two.get_all_trials(study_id),
+        lambda: two.set_study_user_attr(study_id, "a", 1),
+    ]
+    for call in calls:
+        with pytest.raises(KeyError):
+            call()
+    assert two._locks.holder(f"study:{study_id}") is None
+    two._locks.free_if_dead(f"study:{study_id}")
 
 
 # -- locks -----------------------------------------------------------------------------------------

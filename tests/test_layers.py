@@ -54,6 +54,7 @@ LAYERS = {
         "lock",
         "lock_table",
         "pottery_lock",
+        "pottery_masters",
         "section",
     },
     "server": {
@@ -65,6 +66,7 @@ LAYERS = {
         "repair",
         "scripts",
         "server",
+        "spacing",
         "supervisor",
     },
     "ground": {

@@ -76,6 +76,20 @@ def test_a_ballot_of_a_new_epoch_is_above_whatever_clocks_can_make() -> None:
     assert fast.next(new) > new
 
 
+def test_who_sees_a_ballot_of_a_clock_that_is_ahead_goes_by_it() -> None:
+    """Else the one whose clock is ahead wins every race for the next ballot."""
+    now = 100.0
+    slow, quick = Ballots(lambda: now), Ballots(lambda: now + 5)
+    slow.see(quick.next())
+    now += 0.01
+    mine, theirs = slow.next(), quick.next()
+    assert mine[:20] == theirs[:20]
+    now += 0.01
+    assert slow.next() > theirs
+    slow.see("0" * 28)
+    assert slow.next() > theirs, "an old one changes nothing"
+
+
 def test_ballots_of_two_clients_differ_at_the_same_microsecond() -> None:
     assert Ballots(lambda: 1.0).next() != Ballots(lambda: 1.0).next()
 

@@ -1,9 +1,9 @@
-"""Crews for the tests of this folder."""
+"""Crews for the tests of this folder, and the places where they work."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ import pytest
 
 from optuna_dlock import RedisLockedStorage
 from tests.contention.crew import Crew
+from tests.contention.places import ONE, SEVERAL, Place, groups, place_on
 from tests.contention.worker import Job
+from tests.masters import Masters
+from tests.servers import Server
 
 CrewMaker = Callable[..., Crew]
 _numbers = itertools.count()
@@ -31,3 +34,20 @@ def make_crew(tmp_path: Path) -> CrewMaker:
         return Crew([Job(slot, url, folder.name, folder, **options) for slot in range(size)])
 
     return make
+
+
+@pytest.fixture(scope="module", params=groups(ONE, *SEVERAL))
+def group(request: pytest.FixtureRequest) -> Iterator[Server | Masters]:
+    """One server, and several masters of each kind, which no test stops: the test runs once with each."""
+    kind, n = request.param
+    if (kind, n) == ONE:
+        yield request.getfixturevalue("valkey")
+        return
+    with Masters(kind, n) as masters:
+        yield masters
+
+
+@pytest.fixture
+def place(group: Server | Masters) -> Place:
+    """A key space that no other test uses, on each group."""
+    return place_on(group, f"c{next(_numbers)}")

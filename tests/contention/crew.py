@@ -124,7 +124,8 @@ class Crew:
     def problems(self, **changes: Any) -> list[Problem]:
         """What a fresh process finds wrong on the server; `changes` are made to the job it is opened with."""
         path = self.folder / "verdict.json"
-        job = replace(self.jobs[0], storage_class="optuna_dlock:RedisLockedStorage", timeout=20.0, **changes)
+        usual = {"storage_class": "optuna_dlock:RedisLockedStorage", "timeout": 20.0, "options": {}}
+        job = replace(self.jobs[0], **{**usual, **changes})
         process = PROCESSES.Process(target=judge_server, args=(job, sorted(self.killed), path))
         process.start()
         process.join(_HASTE)

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock import RedisLockedStorage
 from tests.contention.crew import PROCESSES, wait_until
+from tests.contention.places import Place
 
 INTERVAL, GRACE = 1, 2
 # The first name is that of Optuna 4.9 and later.
@@ -81,17 +82,17 @@ Start = Callable[[Callable[[str, Path], None]], BaseProcess]
 
 
 @pytest.fixture
-def study(valkey_url: str) -> optuna.Study:
-    return optuna.create_study(study_name="s", storage=_storage(valkey_url))
+def study(place: Place) -> optuna.Study:
+    return optuna.create_study(study_name="s", storage=_storage(place.url))
 
 
 @pytest.fixture
-def start(study: optuna.Study, valkey_url: str, tmp_path: Path) -> Iterator[Start]:
+def start(study: optuna.Study, place: Place, tmp_path: Path) -> Iterator[Start]:
     """Starts processes, which are ended with the test."""
     started: list[BaseProcess] = []
 
     def start(body: Callable[[str, Path], None]) -> BaseProcess:
-        process = PROCESSES.Process(target=body, args=(valkey_url, tmp_path))
+        process = PROCESSES.Process(target=body, args=(place.url, tmp_path))
         process.start()
         started.append(process)
         return process
@@ -118,7 +119,7 @@ def _retries(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def test_the_trial_of_a_killed_worker_is_failed_once_by_many_reapers_and_retried_while_a_live_one_goes_on(
-    study: optuna.Study, start: Start, tmp_path: Path, valkey_url: str
+    study: optuna.Study, start: Start, tmp_path: Path, place: Place
 ) -> None:
     workers = [start(_optimize), start(_optimize)]
     pids = _wait_for_trials(tmp_path, 2)
@@ -142,7 +143,7 @@ def test_the_trial_of_a_killed_worker_is_failed_once_by_many_reapers_and_retried
     wait_until(lambda: study.trials[live].state.is_finished(), "the live one finishes")
     assert study.trials[live].state is TrialState.COMPLETE
     assert json.loads((tmp_path / f"refused{live}").read_text()) == []
-    popped = optuna.load_study(study_name="s", storage=RedisLockedStorage(valkey_url)).ask()
+    popped = optuna.load_study(study_name="s", storage=RedisLockedStorage(place.url)).ask()
     assert (popped.number, popped.params) == (retry.number, retry.params)
 
 

@@ -11,7 +11,7 @@ from optuna_dlock import RedisLockedStorage
 from tests.contention.conftest import CrewMaker
 from tests.contention.crew import Crew, wait_until
 from tests.contention.holder import TTL
-from tests.servers import Server
+from tests.contention.places import Place
 
 Lock = Literal["redlock", "pottery"]
 HOLDER = "tests.contention.holder:Holder"
@@ -28,10 +28,10 @@ def _wait_for_ticks(crew: Crew, more: int) -> None:
 
 @pytest.mark.parametrize("lock", ["redlock", "pottery"])
 def test_no_two_processes_are_in_a_locked_section_and_no_update_is_lost_while_holders_die(
-    lock: Lock, make_crew: CrewMaker, valkey_url: str
+    lock: Lock, make_crew: CrewMaker, place: Place
 ) -> None:
     """Two detectors: who enters finds nobody there, and the counter counts every entry."""
-    crew = make_crew(valkey_url, 10, lock=lock, worker_class=HOLDER, mix={"tick": 1}, pause=0.001)
+    crew = make_crew(place.url, 10, lock=lock, worker_class=HOLDER, mix={"tick": 1}, pause=0.001)
     with crew:
         for victim in crew.jobs[:3]:
             _wait_for_ticks(crew, 20)
@@ -48,10 +48,10 @@ def test_no_two_processes_are_in_a_locked_section_and_no_update_is_lost_while_ho
 
 @pytest.mark.parametrize("lock", ["redlock", "pottery"])
 def test_fencing_tokens_keep_a_holder_out_that_slept_through_its_lease(
-    lock: Lock, make_crew: CrewMaker, valkey_url: str
+    lock: Lock, make_crew: CrewMaker, place: Place
 ) -> None:
     """A paused holder overlaps with the next one; a resource that looks at tokens loses nothing (G7)."""
-    crew = make_crew(valkey_url, 6, lock=lock, worker_class=HOLDER, mix={"fenced_tick": 1}, pause=0.0)
+    crew = make_crew(place.url, 6, lock=lock, worker_class=HOLDER, mix={"fenced_tick": 1}, pause=0.0)
     with crew:
         for _ in range(3):
             _wait_for_ticks(crew, 10)
@@ -67,11 +67,11 @@ def test_fencing_tokens_keep_a_holder_out_that_slept_through_its_lease(
 
 @pytest.mark.parametrize("lock", ["redlock", "pottery"])
 def test_a_study_that_is_deleted_while_many_work_on_it_leaves_nothing_behind(
-    lock: Lock, make_crew: CrewMaker, valkey: Server, valkey_url: str
+    lock: Lock, make_crew: CrewMaker, place: Place
 ) -> None:
     """Each worker is told that the study is gone, in every call; a study of the same name starts from 0."""
-    crew = make_crew(valkey_url, 10, lock=lock, pause=0.0)
-    with RedisLockedStorage(valkey_url, lock=lock) as storage, crew:
+    crew = make_crew(place.url, 10, lock=lock, pause=0.0)
+    with RedisLockedStorage(place.url, lock=lock) as storage, crew:
         name = crew.jobs[0].study_name
         study_id = storage.get_study_id_from_name(name)
         crew.wait_for_more(crew.jobs, 30)
@@ -86,8 +86,8 @@ def test_a_study_that_is_deleted_while_many_work_on_it_leaves_nothing_behind(
         # Optuna's tell makes a ValueError of it.
         strange = [text for text in errors if "NotFoundError" not in text]
         assert strange == []
-        prefix = valkey_url.partition("prefix=")[2]
-        left = valkey.command("KEYS", f"{prefix}:{{{study_id}}}:*")
-        staying = {key.decode() for key in left if valkey.command("PTTL", key) == -1}
-        assert staying == set(), "what has no time to live is never swept"
+        for server in place.servers:
+            left = server.command("KEYS", f"{place.prefix}*:{{{study_id}}}:*")
+            staying = {key.decode() for key in left if server.command("PTTL", key) == -1}
+            assert staying == set(), "what has no time to live is never swept"
         assert storage.get_n_trials(again) == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import joblib  # type: ignore[import-untyped]  # it has no stubs; scikit-learn brings it
@@ -18,7 +20,28 @@ from optuna_dlock import RedisLockedStorage
 from optuna_dlock.audit import audit_numbers
 from tests.contention.conftest import CrewMaker
 from tests.contention.crew import PROCESSES
-from tests.servers import find_binary
+from tests.contention.places import SEVERAL, Place, groups
+from tests.masters import Masters
+from tests.servers import FLAVOURS, Server, find_binary
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module", params=[*FLAVOURS, *groups(*SEVERAL)])
+def anything(request: pytest.FixtureRequest) -> Iterator[Server | Masters]:
+    """One server of each flavour, and several masters of each kind."""
+    if isinstance(request.param, str):
+        with Server(request.param) as server:
+            yield server
+    else:
+        with Masters(*request.param) as masters:
+            yield masters
+
+
+@pytest.fixture
+def anywhere(anything: Server | Masters) -> str:
+    """URL of a key space that no other test uses."""
+    return f"{anything.url}?prefix=f{next(_numbers)}"
 
 
 def _quiet() -> None:
@@ -83,8 +106,9 @@ def _fork_in_the_middle(url: str, folder: Path) -> None:
 
 
 def test_forked_children_go_on_with_the_study_of_their_parent_and_leave_its_connection_alone(
-    url: str, tmp_path: Path
+    anywhere: str, tmp_path: Path
 ) -> None:
+    url = anywhere
     _create(url)
     parent = PROCESSES.Process(target=_fork_in_the_middle, args=(url, tmp_path))
     parent.start()
@@ -102,8 +126,9 @@ def test_forked_children_go_on_with_the_study_of_their_parent_and_leave_its_conn
     assert all(t.intermediate_values == {0: t.params["x"]} for t in study.trials)
 
 
-def test_three_processes_of_four_threads_each_share_a_study(url: str, tmp_path: Path) -> None:
+def test_three_processes_of_four_threads_each_share_a_study(anywhere: str, tmp_path: Path) -> None:
     """The study goes to them through pickle."""
+    url = anywhere
     study = _create(url)
     processes = [
         PROCESSES.Process(target=_optimize, args=(study, tmp_path / f"{i}.json", 40, 4)) for i in range(3)
@@ -116,16 +141,16 @@ def test_three_processes_of_four_threads_each_share_a_study(url: str, tmp_path: 
     _assert_whole(url, "s", tmp_path, 3, 40)
 
 
-def test_spawned_processes_share_a_study(valkey_url: str, tmp_path: Path) -> None:
+def test_spawned_processes_share_a_study(place: Place, tmp_path: Path) -> None:
     """Nothing but pickle brings it there."""
-    study, spawn = _create(valkey_url), multiprocessing.get_context("spawn")
+    study, spawn = _create(place.url), multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=_optimize, args=(study, tmp_path / f"{i}.json", 30)) for i in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    _assert_whole(valkey_url, "s", tmp_path, 2, 30)
+    _assert_whole(place.url, "s", tmp_path, 2, 30)
 
 
 def test_joblib_workers_share_a_study(valkey_url: str, tmp_path: Path) -> None:

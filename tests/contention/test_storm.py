@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from optuna_dlock.scripts import script
 from tests.contention.conftest import CrewMaker
 from tests.contention.crew import wait_until
 from tests.contention.facts import Record
+from tests.contention.places import Place
+from tests.contention.routes import OWN_ROUTE
 from tests.contention.worker import MIX
 from tests.proxy import CuttingProxy
 from tests.servers import FLAVOURS, Server
@@ -87,21 +90,27 @@ def test_twelve_workers_lose_nothing_on_any_server(flavour: str, make_crew: Crew
 
 @pytest.mark.parametrize("lock", ["redlock", "pottery"])
 def test_sixteen_workers_drain_a_queue_and_each_trial_is_claimed_once(
-    lock: Literal["redlock", "pottery"], make_crew: CrewMaker, valkey: Server, valkey_url: str
+    lock: Literal["redlock", "pottery"], make_crew: CrewMaker, place: Place
 ) -> None:
     """G4, with four that fill the queue, some that die, and cuts between request and reply."""
-    with CuttingProxy(valkey.port) as proxy:
-        crew = make_crew(valkey_url, 20, lock=lock, mix={"drain": 1}, pause=0.0)
-        far = valkey_url.replace(f":{valkey.port}", f":{proxy.port}")
-        crew.jobs[8:16] = [replace(job, url=far) for job in crew.jobs[8:16]]
+    with contextlib.ExitStack() as stack:
+        proxies = [stack.enter_context(CuttingProxy(server.port)) for server in place.servers]
+        crew = make_crew(place.url, 20, lock=lock, mix={"drain": 1}, pause=0.0)
+        detour = {server.port: proxy.port for server, proxy in zip(place.servers, proxies, strict=True)}
+        far: dict[str, Any] = {"storage_class": OWN_ROUTE, "options": {"detour": detour}}
+        crew.jobs[8:16] = [replace(job, **far) for job in crew.jobs[8:16]]
         fill: dict[str, Any] = {"mix": {"enqueue": 2, "add_waiting": 1}, "pause": 0.01}
         crew.jobs[16:] = [replace(job, **fill) for job in crew.jobs[16:]]
         with crew:
-            proxy.cut_randomly(0.02, seed=4)
+            for seed, proxy in enumerate(proxies):
+                proxy.cut_randomly(0.02, seed=4 + seed)
             for victim in crew.jobs[:4]:
-                crew.wait_for_more(crew.jobs[16:], 30)
+                crew.wait_for_more(crew.jobs[16:], 30 if len(proxies) == 1 else 10)
                 crew.kill([victim])
-            _cut_replies_to(proxy, "move_trial", "finish_trial", times=15)
+            for proxy in proxies:
+                _cut_replies_to(
+                    proxy, "move_trial", "finish_trial", times=15 // len(proxies), masters=len(proxies) > 1
+                )
             crew.finish()
     assert crew.problems() == []
     popped = [record.of("popped") for record in crew.records().values()]
@@ -109,11 +118,15 @@ def test_sixteen_workers_drain_a_queue_and_each_trial_is_claimed_once(
     assert sum(map(bool, popped)) > 12, "the queue is shared"
 
 
-def _cut_replies_to(proxy: CuttingProxy, *scripts: str, times: int) -> None:
-    """Drop the connection of whoever runs one of these scripts next, after the server has executed it."""
+def _cut_replies_to(proxy: CuttingProxy, *scripts: str, times: int, masters: bool = False) -> None:
+    """Drop the connection of whoever runs one of these scripts next, after the server has executed it.
+
+    Args:
+        masters: Whether it is one of several masters, which are told a section's name.
+    """
     for name in scripts * times:
         before = proxy.cuts
-        proxy.cut_next_reply(script(name).sha.encode())
+        proxy.cut_next_reply(name.encode() if masters else script(name).sha.encode())
         wait_until(lambda before=before: proxy.cuts > before, f"somebody runs {name} through the proxy")  # type: ignore[misc]
 
 

@@ -48,6 +48,7 @@ class Job:
         mix: Operations and how often each is chosen, relatively.
         pause: Longest random pause between two operations, in seconds.
         patience: Seconds after which it leaves by itself, should nobody tell it to.
+        options: Further arguments of its storage.
     """
 
     slot: int
@@ -61,6 +62,7 @@ class Job:
     mix: Mapping[str, int] = field(default_factory=lambda: MIX)
     pause: float = 0.004
     patience: float = 120.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class Job:
     def open_storage(self) -> RedisLockedStorage:
         """A storage of its own."""
         storage: RedisLockedStorage = _find(self.storage_class)(
-            self.url, timeout=self.timeout, lock=self.lock
+            self.url, timeout=self.timeout, lock=self.lock, **self.options
         )
         return storage
 
