@@ -1,0 +1,48 @@
+"""Run the schedules of these seeds, or of a range FIRST:END; print what happened in one, or which failed."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+
+from tests.simulation.schedule import MOST_MASTERS, Setup, run_schedule
+from tests.simulation.server import Backend
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("seeds", help="a seed, or FIRST:END")
+    parser.add_argument("--replicated", action="store_true", help="as KeyDB masters")
+    options = parser.parse_args()
+    first, _, end = options.seeds.partition(":")
+    seeds = range(int(first), int(end) if end else int(first) + 1)
+    backend = Backend(MOST_MASTERS)
+    failed = messages = trials = reads = 0
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    start = time.perf_counter()
+    try:
+        for seed in seeds:
+            result = run_schedule(backend, seed, Setup(options.replicated), keeps_trace=len(seeds) == 1)
+            messages += result.messages
+            trials += result.trials
+            reads += result.reads
+            if result.lines is not None:
+                print("\n".join(result.lines))
+            if result.problem is not None:
+                failed += 1
+                print(f"seed {seed}: {result.problem}", flush=True)
+    finally:
+        backend.close()
+    took = time.perf_counter() - start
+    print(
+        f"{len(seeds)} schedules, {failed} failed; {messages} messages, {trials} trials, {reads} reads; "
+        f"{took:.1f} s, {1000 * took / len(seeds):.1f} ms each"
+    )
+    return failed > 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

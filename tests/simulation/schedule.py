@@ -1,0 +1,369 @@
+"""One schedule: masters, clients and what befalls them, all from one seed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from optuna_dlock import RedisLockedStorage
+from optuna_dlock.keys import DEFAULT_PREFIX, RegistryKeys, StudyKeys, on_master
+from tests.simulation.clients import STUDY, Client, read_all
+from tests.simulation.invariants import History, Violation
+from tests.simulation.scheduler import Process, Scheduler
+from tests.simulation.seams import EPOCH, simulated
+from tests.simulation.server import Backend, Mutations, SimulatedMaster, Words
+from tests.simulation.wire import Network, Weather
+
+MOST_MASTERS = 5
+_PRESENT, _BEGIN, _SNAPSHOT = range(3)  # databases of a master
+_SECOND = 1_000_000
+_LIMIT = 600 * _SECOND  # by when all has to be over
+
+
+@dataclass
+class Setup:
+    """What a schedule may contain, besides what the seed decides.
+
+    Attributes:
+        replicated: Whether masters execute each other's writes blindly and late, as KeyDB's do.
+        mutations: Mistakes in Lua.
+        patches: What makes mistakes in Python, for the time of a schedule.
+    """
+
+    replicated: bool = False
+    mutations: Mutations = field(default_factory=Mutations)
+    patches: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+
+@dataclass
+class Result:
+    """What a schedule came to.
+
+    Attributes:
+        problem: What went wrong; None if all held.
+    """
+
+    seed: int
+    problem: str | None
+    trace_hash: int
+    messages: int
+    reads: int
+    trials: int
+    lines: list[str] | None
+
+
+class Schedule:
+    """The world of one schedule.
+
+    Args:
+        keeps_trace: Whether to keep all lines of the trace.
+    """
+
+    def __init__(self, backend: Backend, seed: int, setup: Setup, keeps_trace: bool = False) -> None:
+        self.history = History()
+        self._backend = backend
+        self._seed = seed
+        self._setup = setup
+        self._rng = rng = random.Random(seed)
+        self._n = rng.choice((3, 3, 3, 3, 3, 3, 2, 5))
+        self.scheduler = Scheduler(keeps_trace)
+        addresses = [f"m{number}:6379" for number in range(self._n)]
+        self.url = f"redis://{','.join(addresses)}/0"
+        self._masters = [
+            SimulatedMaster(
+                backend,
+                number,
+                address,
+                functools.partial(self._server_time, rng.choice((0, 0, rng.randrange(-3 * _SECOND, 3 * _SECOND)))),
+                setup.mutations,
+                self._replicate if setup.replicated else None,
+            )
+            for number, address in enumerate(addresses)
+        ]
+        self._network = Network(self.scheduler, rng, Weather(), self._masters)
+        self._processes: list[Process] = []
+        self._stamps: dict[Process, datetime] = {}
+        self._replicated_until = [[0] * self._n for _ in range(self._n)]
+        self._echoes: dict[tuple[int, int], list[list[Words]]] = {}
+
+    # -- what clients use of it ----------------------------------------------------------------------
+
+    def sleep(self, microseconds: int) -> None:
+        """Let time pass."""
+        self.scheduler.wait(self.scheduler.now + microseconds + 1)
+
+    def stamp(self) -> datetime:
+        """The time that the last record of this process was given."""
+        return self._stamps[self.scheduler.current.process]
+
+    def _on_stamp(self, stamp: datetime) -> None:
+        self._stamps[self.scheduler.current.process] = stamp
+        self.history.tried.add(str(stamp))
+
+    def _server_time(self, skew: int) -> int:
+        return EPOCH + self.scheduler.now + skew
+
+    # -- the course of it ------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Let it happen."""
+        problem: str | None = None
+        trials = 0
+        with simulated(self.scheduler, self._network, self._rng, self._on_stamp), self._setup.patches():
+            try:
+                self._prepare()
+                self._live()
+                trials = self._end()
+            except AssertionError as error:
+                problem = f"{type(error).__name__}: {error}"
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+                if self.scheduler.lines is not None:
+                    import traceback
+
+                    self.scheduler.lines.append(traceback.format_exc())
+            finally:
+                self.scheduler.close()
+        return Result(
+            self._seed,
+            problem,
+            self.scheduler.trace_hash,
+            self._network.messages,
+            self.history.reads,
+            trials,
+            self.scheduler.lines,
+        )
+
+    def _prepare(self) -> None:
+        """Empty masters; or, mostly, masters that have the study already."""
+        for master in self._masters:
+            self._backend.flush(master.number)
+        if self._rng.random() < 0.1:
+            return
+        process = Process("founder")
+        task = self.scheduler.spawn("founder", process, self._found)
+        if not self.scheduler.join([task], self.scheduler.now + _LIMIT):
+            raise Violation("the ensemble does not begin")
+        self.scheduler.trace("begun")
+
+    def _found(self) -> None:
+        storage = RedisLockedStorage(self.url)
+        from optuna.study import StudyDirection
+
+        storage.create_new_study([StudyDirection.MINIMIZE], STUDY)
+        storage.close()
+
+    def _live(self) -> None:
+        rng, scheduler = self._rng, self.scheduler
+        self._network.weather = self._draw_weather()
+        deferred = rng.random() < 0.7
+        tasks = []
+        for number in range(rng.choice((2, 2, 3, 3, 4))):
+            name = f"c{number}"
+            process = Process(name, rng.choice((0, 0, rng.randrange(-5 * _SECOND, 5 * _SECOND))))
+            self._processes.append(process)
+            client = Client(name, self, random.Random(rng.random()), rng.randint(3, 8), deferred)
+            tasks.append(scheduler.spawn(name, process, client.run))
+        for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+            at = scheduler.now + rng.randrange(rng.choice((10_000, 30_000, 30_000, 1 * _SECOND)))
+            scheduler.at(at, rng.choice(self._faults()))
+        if not scheduler.join(tasks, scheduler.now + _LIMIT):
+            raise Violation("clients do not come to an end")
+
+    def _draw_weather(self) -> Weather:
+        rng = self._rng
+        weather = Weather(latency=rng.choice((50, 100, 300)))
+        if rng.random() < 0.7:
+            weather.tail = rng.choice((0.01, 0.05, 0.2))
+            weather.longest = rng.choice((5_000, 50_000, 50_000, 500_000, 4 * _SECOND))
+        if rng.random() < 0.3:
+            weather.cut = rng.choice((0.002, 0.01, 0.03))
+        if rng.random() < 0.1:
+            weather.swallow = 0.003
+        if rng.random() < 0.5:
+            weather.preempt = rng.choice((0.01, 0.05, 0.1))
+        return weather
+
+    def _end(self) -> int:
+        """All is well again: what a new process sees of a majority, whichever that is."""
+        scheduler, network = self.scheduler, self._network
+        scheduler.trace("healed")
+        network.weather = Weather()
+        network.cut_off.clear()
+        for master in self._masters:
+            master.up, master.paused_until = True, 0
+        for process in self._processes:
+            process.paused_until = 0
+        self.sleep(self._rng.choice((0, 0, 10_000, 2 * _SECOND)))
+        down = self._rng.randrange(self._n)
+        if self._n > 2:
+            network.cut_off.add(("last", down))
+        task = scheduler.spawn("last", Process("last"), self._look_at_all)
+        if not scheduler.join([task], scheduler.now + _LIMIT):
+            raise Violation("the last reader does not come to an end")
+        for master in self._masters:
+            self._check_data(master)
+        return self.history.most
+
+    def _look_at_all(self) -> None:
+        known = self.history.snapshot()
+        storage = RedisLockedStorage(self.url)
+        study, trials = read_all(storage)
+        self.history.read(trials, known)
+        self.history.look_at_attrs(-1, storage.get_study_user_attrs(study), known)
+        storage.close()
+
+    def _check_data(self, master: SimulatedMaster) -> None:
+        """G3: no trial is live and finished on one master."""
+        keys = StudyKeys(self._prefix_of(master), 1)
+        ask = functools.partial(self._backend.ask, master.number)
+        both = set(ask("HKEYS", keys.live)) & set(ask("HKEYS", keys.finished))
+        if both:
+            raise Violation(f"G3: trials {both} are live and finished on {master.address}")
+
+    @staticmethod
+    def _prefix_of(master: SimulatedMaster) -> str:
+        return on_master(DEFAULT_PREFIX, master.address, master.run_id[:8])
+
+    # -- what befalls it -------------------------------------------------------------------------------
+
+    def _faults(self) -> list[Callable[[], None]]:
+        return [
+            self._restart_one,
+            self._restart_one,
+            self._restart_one,
+            self._restart_all,
+            self._pause_master,
+            self._cut_off,
+            self._cut_off,
+            self._pause_client,
+            self._pause_client,
+            self._kill_client,
+        ]
+
+    def _duration(self) -> int:
+        return self._rng.choice((1_000, 5_000, 20_000, 100_000, 3 * _SECOND))
+
+    def _restart_one(self) -> None:
+        """With its data, without, or with those of earlier; only while the others have all of theirs."""
+        master = self._rng.choice(self._masters)
+        others = [other for other in self._masters if other is not master]
+        if not all(other.up and self._is_whole(other) for other in others):
+            return
+        what = self._rng.choice(("empty", "empty", "same", "snapshot"))
+        if what == "snapshot":
+            here, there = (self._backend.database(master.number, which) for which in (_PRESENT, _SNAPSHOT))
+            self._backend.copy(here, there)
+            later = self.scheduler.now + self._rng.randrange(10_000)
+            self.scheduler.at(later, functools.partial(self._restart_later, master, others))
+        else:
+            self._restart(master, what)
+
+    def _restart_later(self, master: SimulatedMaster, others: list[SimulatedMaster]) -> None:
+        if all(other.up and self._is_whole(other) for other in others):
+            self._restart(master, "snapshot")
+
+    def _restart_all(self) -> None:
+        """A power failure: all come back with all of their data."""
+        if all(master.up and self._is_whole(master) for master in self._masters):
+            for master in self._masters:
+                self._restart(master, "same")
+
+    def _restart(self, master: SimulatedMaster, what: str) -> None:
+        self.scheduler.trace("restart", master.number, what)
+        master.up = False
+        master.restart()
+        self._network.cut(lambda link: link.master is master)
+        if what == "empty":
+            self._backend.flush(master.number)
+        elif what == "snapshot":
+            here, there = (self._backend.database(master.number, which) for which in (_PRESENT, _SNAPSHOT))
+            self._backend.copy(there, here)
+        self.scheduler.at(self.scheduler.now + self._duration(), functools.partial(self._start, master))
+
+    def _start(self, master: SimulatedMaster) -> None:
+        master.up = True
+        self.scheduler.trace("started", master.number)
+        for (source, target), echoes in self._echoes.items():
+            if target == master.number:  # facts 6, 7: what it wrote itself, and what others have
+                for commands in echoes[-16:]:
+                    self._send_effects(source, target, commands)
+        if self._setup.replicated:
+            for other in self._masters:
+                if other is not master:
+                    at = self.scheduler.now + self._network.delay()
+                    self.scheduler.at(at, functools.partial(self._resync, other, master))
+
+    def _is_whole(self, master: SimulatedMaster) -> bool:
+        """Whether it has all data in its present run."""
+        prefix = self._prefix_of(master)
+        ask = functools.partial(self._backend.ask, master.number, "HEXISTS")
+        return all(ask(keys.ballots, "s") for keys in (RegistryKeys(prefix), StudyKeys(prefix, 1)))
+
+    def _pause_master(self) -> None:
+        master = self._rng.choice(self._masters)
+        master.paused_until = self.scheduler.now + self._duration()
+        self.scheduler.trace("pause", master.number)
+
+    def _cut_off(self) -> None:
+        pair = self._rng.choice(self._processes).name, self._rng.randrange(self._n)
+        self._network.cut_off.add(pair)
+        self.scheduler.trace("cut off", *pair)
+        later = self.scheduler.now + self._duration()
+        self.scheduler.at(later, functools.partial(self._network.cut_off.discard, pair))
+
+    def _pause_client(self) -> None:
+        process = self._rng.choice(self._processes)
+        process.paused_until = self.scheduler.now + self._duration()
+        self.scheduler.trace("pause", process.name)
+
+    def _kill_client(self) -> None:
+        process = self._rng.choice(self._processes)
+        self.scheduler.trace("kill", process.name)
+        process.alive = False
+        self.scheduler.stop(process)
+        self._network.cut(lambda link: link.process is process)
+
+    # -- KeyDB -------------------------------------------------------------------------------------------
+
+    def _replicate(self, source: int, effects: list[Words]) -> None:
+        """Let the peers of a master execute what it wrote, blindly and late."""
+        for target in range(self._n):
+            if target != source:
+                self._echoes.setdefault((target, source), []).append(effects)
+                self._send_effects(source, target, effects)
+
+    def _send_effects(self, source: int, target: int, effects: list[Words]) -> None:
+        until = self._replicated_until[source]
+        until[target] = max(until[target] + 1, self.scheduler.now + self._network.delay())
+        generation = self._masters[target].generation
+        apply = functools.partial(self._apply_effects, target, generation, effects)
+        self.scheduler.at(until[target], apply)
+
+    def _apply_effects(self, target: int, generation: int, effects: list[Words]) -> None:
+        master = self._masters[target]
+        if master.up and master.generation == generation:
+            self.scheduler.trace("effects", target, len(effects))
+            master.apply(effects)
+
+    def _resync(self, source: SimulatedMaster, target: SimulatedMaster) -> None:
+        if source.up and target.up:
+            self.scheduler.trace("resync", source.number, target.number)
+            here, there = self._backend.database(source.number), self._backend.database(target.number)
+            self._backend.copy(here, there, merge=True)
+
+
+def run_schedule(backend: Backend, seed: int, setup: Setup | None = None, keeps_trace: bool = False) -> Result:
+    """Run one schedule."""
+    result = Schedule(backend, seed, setup or Setup(), keeps_trace).run()
+    if seed % 64 == 0:
+        gc.collect()
+    return result
+
+
+__all__ = ["Result", "Schedule", "Setup", "replace", "run_schedule"]

@@ -1,0 +1,196 @@
+"""Where the package meets the world: clocks, threads, sockets, chance. Replaced by simulated ones meanwhile.
+
+Every module takes these from module attributes of its own (`time.sleep` through its `time`), which are exchanged.
+`test_simulation.py` sees to it that no module is forgotten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import select
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import optuna_dlock.ensemble
+import optuna_dlock.ensemble_lock
+import optuna_dlock.lease
+import optuna_dlock.master
+import optuna_dlock.quorum
+import optuna_dlock.repair
+import optuna_dlock.retry
+import optuna_dlock.section
+import optuna_dlock.server
+import optuna_dlock.storage
+import optuna_dlock.studies
+import optuna_dlock.trials
+from optuna_dlock.ensemble import Ensemble
+from optuna_dlock.retry import Backoff
+from tests.simulation.scheduler import Scheduler, Task
+from tests.simulation.wire import Network, SimulatedConnection
+
+EPOCH = 1_700_000_000_000_000  # microseconds: when every schedule begins
+_STARTS = datetime(2024, 1, 15, 12)
+
+
+class Clock:
+    """Stands for `time`."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def monotonic(self) -> float:
+        return self._scheduler.now / 1e6
+
+    def time(self) -> float:
+        return (EPOCH + self._scheduler.now + self._scheduler.current.process.skew) / 1e6
+
+    def sleep(self, seconds: float) -> None:
+        self._scheduler.wait(self._scheduler.now + max(int(seconds * 1e6), 1))
+
+
+class Poll:
+    """Stands for what `select.poll()` gives."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._files: list[int] = []
+
+    def register(self, file: int, events: int) -> None:
+        self._files.append(file)
+
+    def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+        deadline = self._network.scheduler.now + max(int(milliseconds * 1000), 1)
+        return [(file, select.POLLIN) for file in self._network.wait_for(self._files, deadline)]
+
+
+class Select:
+    """Stands for `select`."""
+
+    POLLIN = select.POLLIN
+
+    def __init__(self, network: Network) -> None:
+        self.poll = functools.partial(Poll, network)
+
+
+class Thread:
+    """Stands for `threading.Thread`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        target: Callable[..., object],
+        args: tuple[Any, ...] = (),
+        name: str = "",
+        daemon: bool = True,
+    ) -> None:
+        self.name = name
+        self._scheduler = scheduler
+        self._work = functools.partial(target, *args)
+        self._task: Task | None = None
+
+    def start(self) -> None:
+        process = self._scheduler.current.process
+        self._task = self._scheduler.spawn(f"{process.name}: {self.name}", process, self._work)
+        self._task.thread = self
+
+    def is_alive(self) -> bool:
+        return self._task is not None and not self._task.done
+
+
+class Threading:
+    """Stands for `threading`; no lock is ever wanted by two tasks at once."""
+
+    RLock, Lock = staticmethod(threading.RLock), staticmethod(threading.Lock)
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.Thread = functools.partial(Thread, scheduler)
+
+    def current_thread(self) -> Any:
+        return self._scheduler.current.thread or self._scheduler.current
+
+
+class Chance:
+    """Stands for `random`, `secrets` and the random part of `os`."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.uniform = rng.uniform
+        self.randrange = rng.randrange
+        self.urandom = rng.randbytes
+        self._rng = rng
+
+    def SystemRandom(self) -> random.Random:
+        return self._rng
+
+    def token_hex(self, n: int) -> str:
+        return self._rng.randbytes(n).hex()
+
+    def token_urlsafe(self, n: int) -> str:
+        return self._rng.randbytes(n).hex()
+
+
+class Calendar:
+    """Stands for `datetime`: no two calls get the same time, so that it tells which call made a record."""
+
+    def __init__(self, scheduler: Scheduler, on_stamp: Callable[[datetime], None]) -> None:
+        self._scheduler = scheduler
+        self._last = 0
+        self._on_stamp = on_stamp
+
+    def now(self) -> datetime:
+        self._last = max(self._last + 1, self._scheduler.now)
+        stamp = _STARTS + timedelta(microseconds=self._last)
+        self._on_stamp(stamp)
+        return stamp
+
+
+@contextlib.contextmanager
+def simulated(
+    scheduler: Scheduler, network: Network, rng: random.Random, on_stamp: Callable[[datetime], None]
+) -> Iterator[None]:
+    """Let the package run in the simulated world.
+
+    Args:
+        on_stamp: Called with each time that is written into a record.
+    """
+    clock, threads, chance = Clock(scheduler), Threading(scheduler), Chance(rng)
+    calendar = Calendar(scheduler, on_stamp)
+    backoff = functools.partial(Backoff, clock=clock.monotonic, sleep=clock.sleep)
+    replaced: list[tuple[Any, dict[str, Any]]] = [
+        (
+            optuna_dlock.ensemble,
+            {"time": clock, "select": Select(network), "secrets": chance, "threading": threads, "Backoff": backoff},
+        ),
+        (optuna_dlock.master, {"time": clock, "threading": threads}),
+        (optuna_dlock.repair, {"time": clock, "threading": threads}),
+        (optuna_dlock.quorum, {"random": chance}),
+        (optuna_dlock.retry, {"random": chance}),
+        (optuna_dlock.section, {"Backoff": backoff}),
+        (optuna_dlock.ensemble_lock, {"time": clock, "random": chance, "secrets": chance, "threading": threads}),
+        (
+            optuna_dlock.storage,
+            {"secrets": chance, "Ensemble": functools.partial(Ensemble, clock=clock.time)},
+        ),
+        (optuna_dlock.studies, {"secrets": chance}),
+        (optuna_dlock.trials, {"os": chance, "datetime": calendar}),
+        (
+            optuna_dlock.server,
+            {"connection_factory": lambda url, timeout: functools.partial(_connection, network, url)},
+        ),
+    ]
+    saved = [(module, {name: getattr(module, name) for name in names}) for module, names in replaced]
+    try:
+        for module, names in replaced:
+            vars(module).update(names)
+        yield
+    finally:
+        for module, names in saved:
+            vars(module).update(names)
+
+
+def _connection(network: Network, url: str) -> SimulatedConnection:
+    return SimulatedConnection(network, url.partition("//")[2].partition("/")[0])
