@@ -836,8 +836,14 @@ class Ensemble:
         return Copy(self, obj.name, ballot, copy, source, best, target, replaced, known).run()
 
     def revive(self, index: int) -> None:
-        """Let a master go on with the data of its earlier run: all went down, and nothing else is left."""
-        revive(self, self.masters[index])
+        """Let a master go on with the data of its earlier run: all went down, and nothing else is left.
+
+        What is broken off is gone on with when somebody next finds that there is no majority with data.
+        """
+        try:
+            revive(self, self.masters[index])
+        except (ConnectionError, TimeoutError) as error:
+            _logger.debug("%s was not revived: %s", self.masters[index].address, error)
 
     def repair(self, index: int) -> bool:
         """Give a master that restarted everything that the others have; whether it has it all."""
