@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 
-from tests.simulation.schedule import MOST_MASTERS, Setup, run_schedule
-from tests.simulation.server import Backend
+from tests.simulation.schedule import Runner, Setup
 
 
 def main() -> int:
@@ -17,15 +15,12 @@ def main() -> int:
     options = parser.parse_args()
     first, _, end = options.seeds.partition(":")
     seeds = range(int(first), int(end) if end else int(first) + 1)
-    backend = Backend(MOST_MASTERS)
+    runner = Runner()
     failed = messages = trials = reads = 0
-    gc.collect()
-    gc.freeze()
-    gc.disable()
     start = time.perf_counter()
     try:
         for seed in seeds:
-            result = run_schedule(backend, seed, Setup(options.replicated), keeps_trace=len(seeds) == 1)
+            result = runner.run(seed, Setup(replicated=options.replicated), keeps_trace=len(seeds) == 1)
             messages += result.messages
             trials += result.trials
             reads += result.reads
@@ -35,7 +30,7 @@ def main() -> int:
                 failed += 1
                 print(f"seed {seed}: {result.problem}", flush=True)
     finally:
-        backend.close()
+        runner.close()
     took = time.perf_counter() - start
     print(
         f"{len(seeds)} schedules, {failed} failed; {messages} messages, {trials} trials, {reads} reads; "

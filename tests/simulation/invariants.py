@@ -55,6 +55,11 @@ class History:
         self.most = 0  # trials shown by a read
         self.reads = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was acknowledged and nothing shown."""
+        return not (self.numbers or self.attrs or self.tags)
+
     # -- what clients were told ------------------------------------------------------------------
 
     def created(self, tag: str, number: int) -> None:

@@ -7,8 +7,10 @@ import functools
 import gc
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
+
+from optuna.study import StudyDirection
 
 from optuna_dlock import RedisLockedStorage
 from optuna_dlock.keys import DEFAULT_PREFIX, RegistryKeys, StudyKeys, on_master
@@ -20,7 +22,8 @@ from tests.simulation.server import Backend, Mutations, SimulatedMaster, Words
 from tests.simulation.wire import Network, Weather
 
 MOST_MASTERS = 5
-_PRESENT, _BEGIN, _SNAPSHOT = range(3)  # databases of a master
+_PRESENT, _SNAPSHOT, _BEGINNING = range(3)  # databases of a master; then one for each number of masters
+_SIZES = (3, 3, 3, 3, 3, 3, 2, 5)
 _SECOND = 1_000_000
 _LIMIT = 600 * _SECOND  # by when all has to be over
 
@@ -30,11 +33,13 @@ class Setup:
     """What a schedule may contain, besides what the seed decides.
 
     Attributes:
+        fresh: Whether every schedule begins with empty masters, and not only some.
         replicated: Whether masters execute each other's writes blindly and late, as KeyDB's do.
         mutations: Mistakes in Lua.
         patches: What makes mistakes in Python, for the time of a schedule.
     """
 
+    fresh: bool = False
     replicated: bool = False
     mutations: Mutations = field(default_factory=Mutations)
     patches: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
@@ -62,15 +67,18 @@ class Schedule:
 
     Args:
         keeps_trace: Whether to keep all lines of the trace.
+        n: How many masters; None if the seed decides.
     """
 
-    def __init__(self, backend: Backend, seed: int, setup: Setup, keeps_trace: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, seed: int, setup: Setup, keeps_trace: bool = False, n: int | None = None
+    ) -> None:
         self.history = History()
         self._backend = backend
         self._seed = seed
         self._setup = setup
         self._rng = rng = random.Random(seed)
-        self._n = rng.choice((3, 3, 3, 3, 3, 3, 2, 5))
+        self._n = n or rng.choice(_SIZES)
         self.scheduler = Scheduler(keeps_trace)
         addresses = [f"m{number}:6379" for number in range(self._n)]
         self.url = f"redis://{','.join(addresses)}/0"
@@ -87,6 +95,7 @@ class Schedule:
         ]
         self._network = Network(self.scheduler, rng, Weather(), self._masters)
         self._processes: list[Process] = []
+        self._healed = False
         self._stamps: dict[Process, datetime] = {}
         self._replicated_until = [[0] * self._n for _ in range(self._n)]
         self._echoes: dict[tuple[int, int], list[list[Words]]] = {}
@@ -112,13 +121,30 @@ class Schedule:
 
     def run(self) -> Result:
         """Let it happen."""
+        return self._run(self._do_all)
+
+    def begin(self) -> Result:
+        """Let a first client found the ensemble and its study; kept for other schedules."""
+        return self._run(self._do_begin)
+
+    def _do_all(self) -> None:
+        self._prepare()
+        self._live()
+        self._end()
+
+    def _do_begin(self) -> None:
+        for master in self._masters:
+            self._backend.flush(master.number)
+        self._begin()
+        for master in self._masters:
+            self._backend.copy(self._database(master, _PRESENT), self._database(master, self._beginning))
+
+    def _run(self, work: Callable[[], None]) -> Result:
         problem: str | None = None
-        trials = 0
-        with simulated(self.scheduler, self._network, self._rng, self._on_stamp), self._setup.patches():
+        ttl_ms = self._rng.choice((10, 30, 100, 100, 2000))
+        with simulated(self.scheduler, self._network, self._rng, ttl_ms, self._on_stamp), self._setup.patches():
             try:
-                self._prepare()
-                self._live()
-                trials = self._end()
+                work()
             except AssertionError as error:
                 problem = f"{type(error).__name__}: {error}"
             except Exception as error:
@@ -135,26 +161,36 @@ class Schedule:
             self.scheduler.trace_hash,
             self._network.messages,
             self.history.reads,
-            trials,
+            self.history.most,
             self.scheduler.lines,
         )
 
     def _prepare(self) -> None:
-        """Empty masters; or, mostly, masters that have the study already."""
+        """Masters that have the study already; sometimes empty ones, which everybody finds at once."""
+        fresh = self._rng.random() < 0.05
         for master in self._masters:
-            self._backend.flush(master.number)
-        if self._rng.random() < 0.1:
-            return
-        process = Process("founder")
-        task = self.scheduler.spawn("founder", process, self._found)
-        if not self.scheduler.join([task], self.scheduler.now + _LIMIT):
+            if fresh or self._setup.fresh:
+                self._backend.flush(master.number)
+            else:
+                self._backend.copy(self._database(master, self._beginning), self._database(master, _PRESENT))
+        if self._setup.fresh and not fresh:
+            self._begin()
+        self.scheduler.now = _SECOND
+
+    @property
+    def _beginning(self) -> int:
+        return _BEGINNING + sorted(set(_SIZES)).index(self._n)
+
+    def _database(self, master: SimulatedMaster, which: int) -> int:
+        return self._backend.database(master.number, which)
+
+    def _begin(self) -> None:
+        task = self.scheduler.spawn("founder", Process("founder"), self._found)
+        if not self.scheduler.join([task], _SECOND):
             raise Violation("the ensemble does not begin")
-        self.scheduler.trace("begun")
 
     def _found(self) -> None:
         storage = RedisLockedStorage(self.url)
-        from optuna.study import StudyDirection
-
         storage.create_new_study([StudyDirection.MINIMIZE], STUDY)
         storage.close()
 
@@ -171,7 +207,7 @@ class Schedule:
             tasks.append(scheduler.spawn(name, process, client.run))
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
             at = scheduler.now + rng.randrange(rng.choice((10_000, 30_000, 30_000, 1 * _SECOND)))
-            scheduler.at(at, rng.choice(self._faults()))
+            scheduler.at(at, functools.partial(self._befall, rng.choice(self._faults())))
         if not scheduler.join(tasks, scheduler.now + _LIMIT):
             raise Violation("clients do not come to an end")
 
@@ -182,38 +218,55 @@ class Schedule:
             weather.tail = rng.choice((0.01, 0.05, 0.2))
             weather.longest = rng.choice((5_000, 50_000, 50_000, 500_000, 4 * _SECOND))
         if rng.random() < 0.3:
-            weather.cut = rng.choice((0.002, 0.01, 0.03))
+            weather.cut = rng.choice((0.001, 0.005, 0.02))
         if rng.random() < 0.1:
             weather.swallow = 0.003
         if rng.random() < 0.5:
             weather.preempt = rng.choice((0.01, 0.05, 0.1))
         return weather
 
-    def _end(self) -> int:
-        """All is well again: what a new process sees of a majority, whichever that is."""
+    def _end(self) -> None:
+        """All is well again: in the end every master has all, and a new process sees it on any majority."""
         scheduler, network = self.scheduler, self._network
         scheduler.trace("healed")
+        self._healed = True
         network.weather = Weather()
         network.cut_off.clear()
         for master in self._masters:
             master.up, master.paused_until = True, 0
         for process in self._processes:
             process.paused_until = 0
-        self.sleep(self._rng.choice((0, 0, 10_000, 2 * _SECOND)))
-        down = self._rng.randrange(self._n)
+        self._let("healer", self._heal)
         if self._n > 2:
-            network.cut_off.add(("last", down))
-        task = scheduler.spawn("last", Process("last"), self._look_at_all)
-        if not scheduler.join([task], scheduler.now + _LIMIT):
-            raise Violation("the last reader does not come to an end")
+            network.cut_off.add(("last", self._rng.randrange(self._n)))
+        self._let("last", self._look_at_all)
         for master in self._masters:
             self._check_data(master)
-        return self.history.most
+
+    def _let(self, name: str, work: Callable[[], None]) -> None:
+        task = self.scheduler.spawn(name, Process(name), work)
+        if not self.scheduler.join([task], self.scheduler.now + _LIMIT):
+            raise Violation(f"{name} does not come to an end")
+
+    def _heal(self) -> None:
+        storage = RedisLockedStorage(self.url)
+        while True:
+            with contextlib.suppress(KeyError):
+                read_all(storage)
+            if all(map(self._is_whole, self._masters)):
+                break
+            self.sleep(100_000)
+        storage.close()
 
     def _look_at_all(self) -> None:
         known = self.history.snapshot()
         storage = RedisLockedStorage(self.url)
-        study, trials = read_all(storage)
+        try:
+            study, trials = read_all(storage)
+        except KeyError:
+            if self.history.is_empty:
+                return
+            raise
         self.history.read(trials, known)
         self.history.look_at_attrs(-1, storage.get_study_user_attrs(study), known)
         storage.close()
@@ -246,6 +299,10 @@ class Schedule:
             self._kill_client,
         ]
 
+    def _befall(self, fault: Callable[[], None]) -> None:
+        if not self._healed:
+            fault()
+
     def _duration(self) -> int:
         return self._rng.choice((1_000, 5_000, 20_000, 100_000, 3 * _SECOND))
 
@@ -257,10 +314,10 @@ class Schedule:
             return
         what = self._rng.choice(("empty", "empty", "same", "snapshot"))
         if what == "snapshot":
-            here, there = (self._backend.database(master.number, which) for which in (_PRESENT, _SNAPSHOT))
-            self._backend.copy(here, there)
+            self._backend.copy(self._database(master, _PRESENT), self._database(master, _SNAPSHOT))
             later = self.scheduler.now + self._rng.randrange(10_000)
-            self.scheduler.at(later, functools.partial(self._restart_later, master, others))
+            restart = functools.partial(self._restart_later, master, others)
+            self.scheduler.at(later, functools.partial(self._befall, restart))
         else:
             self._restart(master, what)
 
@@ -282,8 +339,7 @@ class Schedule:
         if what == "empty":
             self._backend.flush(master.number)
         elif what == "snapshot":
-            here, there = (self._backend.database(master.number, which) for which in (_PRESENT, _SNAPSHOT))
-            self._backend.copy(there, here)
+            self._backend.copy(self._database(master, _SNAPSHOT), self._database(master, _PRESENT))
         self.scheduler.at(self.scheduler.now + self._duration(), functools.partial(self._start, master))
 
     def _start(self, master: SimulatedMaster) -> None:
@@ -302,8 +358,11 @@ class Schedule:
     def _is_whole(self, master: SimulatedMaster) -> bool:
         """Whether it has all data in its present run."""
         prefix = self._prefix_of(master)
-        ask = functools.partial(self._backend.ask, master.number, "HEXISTS")
-        return all(ask(keys.ballots, "s") for keys in (RegistryKeys(prefix), StudyKeys(prefix, 1)))
+        ask = functools.partial(self._backend.ask, master.number)
+        registry = RegistryKeys(prefix)
+        studies = map(int, ask("HKEYS", registry.studies))
+        objects = [registry, *(StudyKeys(prefix, study) for study in studies)]
+        return all(ask("HEXISTS", keys.ballots, "s") for keys in objects)
 
     def _pause_master(self) -> None:
         master = self._rng.choice(self._masters)
@@ -358,12 +417,30 @@ class Schedule:
             self._backend.copy(here, there, merge=True)
 
 
-def run_schedule(backend: Backend, seed: int, setup: Setup | None = None, keeps_trace: bool = False) -> Result:
-    """Run one schedule."""
-    result = Schedule(backend, seed, setup or Setup(), keeps_trace).run()
-    if seed % 64 == 0:
+class Runner:
+    """Runs schedules, one after the other, on one real server."""
+
+    def __init__(self) -> None:
+        self._backend = Backend(MOST_MASTERS)
+        for n in sorted(set(_SIZES)):
+            result = Schedule(self._backend, n, Setup(), n=n).begin()
+            assert result.problem is None, result.problem
+        # The garbage of schedules is collected between them: closing a connection is an event.
         gc.collect()
-    return result
+        gc.freeze()
+        gc.disable()
+        self._runs = 0
 
+    def run(self, seed: int, setup: Setup | None = None, keeps_trace: bool = False) -> Result:
+        """Run one schedule."""
+        result = Schedule(self._backend, seed, setup or Setup(), keeps_trace).run()
+        self._runs += 1
+        if self._runs % 32 == 0:
+            gc.collect()
+        return result
 
-__all__ = ["Result", "Schedule", "Setup", "replace", "run_schedule"]
+    def close(self) -> None:
+        """End the server."""
+        gc.enable()
+        gc.unfreeze()
+        self._backend.close()

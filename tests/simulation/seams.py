@@ -150,11 +150,16 @@ class Calendar:
 
 @contextlib.contextmanager
 def simulated(
-    scheduler: Scheduler, network: Network, rng: random.Random, on_stamp: Callable[[datetime], None]
+    scheduler: Scheduler,
+    network: Network,
+    rng: random.Random,
+    ttl_ms: int,
+    on_stamp: Callable[[datetime], None],
 ) -> Iterator[None]:
     """Let the package run in the simulated world.
 
     Args:
+        ttl_ms: Of the leases of sections and copies; safety does not depend on it.
         on_stamp: Called with each time that is written into a record.
     """
     clock, threads, chance = Clock(scheduler), Threading(scheduler), Chance(rng)
@@ -163,10 +168,10 @@ def simulated(
     replaced: list[tuple[Any, dict[str, Any]]] = [
         (
             optuna_dlock.ensemble,
-            {"time": clock, "select": Select(network), "secrets": chance, "threading": threads, "Backoff": backoff},
+            {"time": clock, "select": Select(network), "secrets": chance, "threading": threads, "Backoff": backoff, "_TTL_MS": ttl_ms},
         ),
         (optuna_dlock.master, {"time": clock, "threading": threads}),
-        (optuna_dlock.repair, {"time": clock, "threading": threads}),
+        (optuna_dlock.repair, {"time": clock, "threading": threads, "_TTL_MS": ttl_ms, "_PAUSE": 0.05}),
         (optuna_dlock.quorum, {"random": chance}),
         (optuna_dlock.retry, {"random": chance}),
         (optuna_dlock.section, {"Backoff": backoff}),
