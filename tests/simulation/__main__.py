@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from tests.simulation.mistakes import MISTAKES
 from tests.simulation.schedule import Runner, Setup
 
 
@@ -12,15 +13,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("seeds", help="a seed, or FIRST:END")
     parser.add_argument("--replicated", action="store_true", help="as KeyDB masters")
+    parser.add_argument("--mistake", choices=MISTAKES, help="make it")
     options = parser.parse_args()
     first, _, end = options.seeds.partition(":")
     seeds = range(int(first), int(end) if end else int(first) + 1)
     runner = Runner()
+    setup = MISTAKES[options.mistake] if options.mistake else Setup(replicated=options.replicated)
     failed = messages = trials = reads = 0
     start = time.perf_counter()
     try:
         for seed in seeds:
-            result = runner.run(seed, Setup(replicated=options.replicated), keeps_trace=len(seeds) == 1)
+            result = runner.run(seed, setup, keeps_trace=len(seeds) == 1)
             messages += result.messages
             trials += result.trials
             reads += result.reads

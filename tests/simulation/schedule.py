@@ -12,8 +12,9 @@ from datetime import datetime
 
 from optuna.study import StudyDirection
 
+import optuna_dlock.master
 from optuna_dlock import RedisLockedStorage
-from optuna_dlock.keys import DEFAULT_PREFIX, RegistryKeys, StudyKeys, on_master
+from optuna_dlock.keys import DEFAULT_PREFIX, RegistryKeys, StudyKeys
 from tests.simulation.clients import STUDY, Client, read_all
 from tests.simulation.invariants import History, Violation
 from tests.simulation.scheduler import Process, Scheduler
@@ -281,7 +282,7 @@ class Schedule:
 
     @staticmethod
     def _prefix_of(master: SimulatedMaster) -> str:
-        return on_master(DEFAULT_PREFIX, master.address, master.run_id[:8])
+        return optuna_dlock.master.on_master(DEFAULT_PREFIX, master.address, master.run_id[:8])
 
     # -- what befalls it -------------------------------------------------------------------------------
 

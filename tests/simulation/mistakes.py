@@ -1,0 +1,84 @@
+"""Mistakes that the simulation has to notice: in a script, or in the Python code for the time of a schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import optuna_dlock.ensemble
+import optuna_dlock.master
+import optuna_dlock.repair
+from optuna_dlock.quorum import Runs, State
+from tests.simulation.schedule import Setup
+from tests.simulation.server import Mutations
+
+_Patch = tuple[Any, str, object]
+
+
+def _patched(*patches: _Patch) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        saved = [(where, name, getattr(where, name)) for where, name, _ in patches]
+        for where, name, new in patches:
+            setattr(where, name, new)
+        try:
+            yield
+        finally:
+            for where, name, old in saved:
+                setattr(where, name, old)
+
+    return patched
+
+
+def _lua(*replaced: tuple[str, str]) -> Setup:
+    return Setup(mutations=Mutations(*replaced))
+
+
+def _latest(states: Mapping[int, State], n: int) -> int | None:
+    """Believes the first one that answers."""
+    return max(states, key=lambda index: states[index].order) if states else None
+
+
+def _shared(prefix: str, address: str, run: str) -> str:
+    return f"{prefix}@shared"
+
+
+_NO_BALLOT_CHECK = "f[1] ~= ARGV[na - 6]", "false"
+_VOTES_AT_ONCE = (
+    "  return {-20} -- no data, or not all of it yet: a master that has forgotten must not vote",
+    "  redis.call('HSET', KEYS[1], 'p', '0', 'l', 0, 'a', '0', 's', '0', 'i', '0') f = {'0', 0, '0', '0', '0'}",
+)
+
+MISTAKES: dict[str, Setup] = {
+    "a commit without the ballot check": _lua(_NO_BALLOT_CHECK),
+    "a reader that believes a minority": Setup(patches=_patched((optuna_dlock.ensemble, "decided", _latest))),
+    "a restarted master that votes at once": _lua(_VOTES_AT_ONCE),
+    "the same key names on masters that replicate to each other": Setup(
+        fresh=True,
+        replicated=True,
+        patches=_patched(
+            (optuna_dlock.master, "on_master", _shared), (optuna_dlock.repair, "on_master", _shared)
+        ),
+    ),
+    # Beyond what issue 3 names:
+    "a commit by a master that is behind": _lua(("f[3] ~= ARGV[na - 5] or f[4] ~= ARGV[na - 4]", "false")),
+    "a majority of less than half": Setup(
+        patches=_patched((optuna_dlock.ensemble, "majority", lambda n: max(1, n // 2)))
+    ),
+    "a rebuild from one other master": Setup(
+        patches=_patched((optuna_dlock.ensemble, "needed_for_rebuild", lambda n: 1))
+    ),
+    "votes of earlier runs are counted": Setup(
+        patches=_patched((Runs, "is_current", lambda self, index, run: True))
+    ),
+    "a replay under the old ballot": _lua(("redis.call('HSET', ballots, 'a', f[1])\n", "\n")),
+    "a copy that replaces anything": _lua(
+        ("(f[4] or '') ~= ARGV[6] or (f[5] or '') ~= ARGV[7] or (f[3] and f[3] >= ARGV[2])", "false")
+    ),
+    "a creation that forgets its last operation": _lua(("tonumber(sequence) == tonumber(ARGV[3])", "false")),
+    "a finish that does not look at the version": _lua(
+        ("(redis.call('HGET', KEYS[3], '.v') or '0') ~= ARGV[2]", "false")
+    ),
+    "a claim of what is claimed": _lua(("state == 0 and string.byte(old, 2) ~= 4", "false")),
+}
