@@ -224,6 +224,8 @@ class Schedule:
             weather.swallow = 0.003
         if rng.random() < 0.5:
             weather.preempt = rng.choice((0.01, 0.05, 0.1))
+        if rng.random() < 0.05:
+            weather.forget = 0.01
         return weather
 
     def _end(self) -> None:

@@ -6,14 +6,15 @@ restart, its clock (scripts get the virtual time), what it replicates to its pee
 
 from __future__ import annotations
 
-import hashlib
 import re
 import socket
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import hiredis
 
+from optuna_dlock.scripts import all_masters_scripts
 from tests.servers import Server
 
 Words = list[bytes]
@@ -51,6 +52,14 @@ _PLAIN_WRITES = frozenset((b"SET", b"HSET", b"HDEL", b"UNLINK", b"DEL"))
 
 
 _HEADER = re.compile(r"^-- (\w+): ", re.MULTILINE)
+
+
+@cache
+def _names() -> dict[bytes, str]:
+    """How people know a script."""
+    return {
+        script.sha.encode(): "/".join(_HEADER.findall(script.source)[:2]) for script in all_masters_scripts()
+    }
 
 
 class Backend:
@@ -175,10 +184,10 @@ class SimulatedMaster:
         self.generation = 0
         self._backend = backend
         self._clock = clock
-        self._mutations = mutations
         self._on_effects = on_effects
-        self._scripts: dict[bytes, bytes] = {}
-        self._names: dict[bytes, str] = {}
+        self._scripts = {
+            script.sha.encode(): backend.load(mutations.apply(script.source)) for script in all_masters_scripts()
+        }
 
     @property
     def run_id(self) -> str:
@@ -186,17 +195,8 @@ class SimulatedMaster:
         return f"{self.number}{self.generation:07d}" + "f" * 32
 
     def restart(self) -> None:
-        """Begin another run, which knows no scripts."""
+        """Begin another run."""
         self.generation += 1
-        self._scripts.clear()
-
-    def load_script(self, source: bytes) -> bytes:
-        """SCRIPT LOAD; the reply."""
-        sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
-        if sha not in self._scripts:
-            self._names[sha] = "/".join(_HEADER.findall(source.decode())[:2])
-            self._scripts[sha] = self._backend.load(self._mutations.apply(source.decode()))
-        return b"$40\r\n%b\r\n" % sha
 
     def execute(self, words: Words) -> bytes:
         """Run one command; the bytes of its reply."""
@@ -204,10 +204,7 @@ class SimulatedMaster:
         if name == b"INFO":
             text = f"run_id:{self.run_id}\r\nmaxmemory_policy:noeviction\r\nloading:0\r\n".encode()
             return b"$%d\r\n%b\r\n" % (len(text), text)
-        translated = self._translate(words)
-        if translated is None:
-            return b"-NOSCRIPT No matching script.\r\n"
-        raw, replies = self._backend.execute(self.number, hiredis.pack_command(tuple(translated)))
+        raw, replies = self._backend.execute(self.number, self._pack(words))
         if self._on_effects is not None:
             self._list_effects([words], replies)
         return raw
@@ -216,17 +213,14 @@ class SimulatedMaster:
         """A command, for people."""
         name = words[0].decode()
         if name == "EVALSHA":
-            name, words = self._names.get(words[1], "?"), words[2 + int(words[2]) :]
+            name, words = _names()[words[1]], words[2 + int(words[2]) :]
         return " ".join([name, *(word[:40].decode("utf-8", "backslashreplace") for word in words[1:])])
 
     def execute_transaction(self, commands: Sequence[Words]) -> bytes:
         """Run MULTI..EXEC; the bytes of the reply to EXEC."""
         packed = [hiredis.pack_command(("MULTI",))]
         for words in commands:
-            translated = self._translate(words)
-            if translated is None:
-                return b"-EXECABORT Transaction discarded because of previous errors.\r\n"
-            packed.append(hiredis.pack_command(tuple(translated)))
+            packed.append(self._pack(words))
         packed.append(hiredis.pack_command(("EXEC",)))
         raw, replies = self._backend.execute(self.number, b"".join(packed), len(packed))
         if self._on_effects is not None:
@@ -238,15 +232,12 @@ class SimulatedMaster:
         packed = [hiredis.pack_command(tuple(words)) for words in commands]
         self._backend.execute(self.number, b"".join(packed), len(packed))
 
-    def _translate(self, words: Words) -> Words | None:
-        """What the real server is told; None if a script is not known."""
-        if words[0] != b"EVALSHA":
-            return words
-        sha = self._scripts.get(words[1])
-        if sha is None:
-            return None
-        listed = b"0" if self._on_effects is None else b"1"
-        return [words[0], sha, *words[2:], listed, b"%d" % self._clock()]
+    def _pack(self, words: Words) -> bytes:
+        """What the real server is told."""
+        if words[0] == b"EVALSHA":
+            listed = b"0" if self._on_effects is None else b"1"
+            words = [words[0], self._scripts[words[1]], *words[2:], listed, b"%d" % self._clock()]
+        return hiredis.pack_command(tuple(words))
 
     def _list_effects(self, commands: Sequence[Words], replies: Sequence[Any]) -> None:
         effects: list[Words] = []

@@ -34,6 +34,7 @@ class Weather:
         cut: How often a message costs its connection: lost before, or after it was executed.
         swallow: How often it does so silently: nothing comes through any more, and nobody is told.
         preempt: How often a process is held up between two messages that it sends.
+        forget: How often a master does not know a script any more.
     """
 
     latency: int = 100
@@ -42,6 +43,7 @@ class Weather:
     cut: float = 0.0
     swallow: float = 0.0
     preempt: float = 0.0
+    forget: float = 0.0
 
 
 class Network:
@@ -163,10 +165,6 @@ class Link:
         reader = hiredis.Reader()
         reader.feed(packed)
         words = reader.gets()
-        if words[0] == b"SCRIPT":
-            # Loading is no part of the protocol: done at once, and in order before what follows.
-            self._inbox.append(self.master.load_script(words[2]))
-            return
         self._up = max(self._up + 1, scheduler.now + network.delay())
         self._requests.append(words)
         scheduler.at(self._up, self._arrive)
@@ -186,7 +184,10 @@ class Link:
             self.reset()
             return
         network.messages += 1
-        reply = self._execute(words)
+        if words[0] == b"EVALSHA" and network.chance(network.weather.forget):
+            reply = b"-NOSCRIPT No matching script.\r\n"
+        else:
+            reply = self._execute(words)
         scheduler.trace(self.process.name, master.number, master.describe(words), reply[:64])
         if network.chance(network.weather.cut):
             scheduler.trace("lost reply", self.process.name, master.number)
