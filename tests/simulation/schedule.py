@@ -217,7 +217,9 @@ class Schedule:
         weather = Weather(latency=rng.choice((50, 100, 300)))
         if rng.random() < 0.7:
             weather.tail = rng.choice((0.01, 0.05, 0.2))
-            weather.longest = rng.choice((5_000, 50_000, 50_000, 500_000, 4 * _SECOND))
+            weather.longest = rng.choice((5_000, 50_000, 50_000, 300_000))
+            if rng.random() < 0.2:
+                weather.tail, weather.longest = 0.01, 4 * _SECOND
         if rng.random() < 0.3:
             weather.cut = rng.choice((0.001, 0.005, 0.02))
         if rng.random() < 0.1:
@@ -226,6 +228,7 @@ class Schedule:
             weather.preempt = rng.choice((0.01, 0.05, 0.1))
         if rng.random() < 0.05:
             weather.forget = 0.01
+        self.scheduler.trace(weather)
         return weather
 
     def _end(self) -> None:
