@@ -54,9 +54,10 @@ _SLOWEST = 0.05  # seconds that one that has its majority waits for the votes of
 _ASKED_AGAIN = 5  # times
 _GATE = 0.05  # seconds that the master that is asked first may take before the others are asked too
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
+_WAITED_FOR_ALL = 5.0  # seconds, after all went down, before a majority goes on without the rest
 _READ_TRIES = 3  # undecided reads before one is made a section
 _READ_COMMANDS = frozenset(
-    ("GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
+    ("EXISTS", "GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
 )
 
 
@@ -141,6 +142,7 @@ class Ensemble:
         self._objects: dict[str, _Object] = {}
         self._outstanding: deque[tuple[Post, _Object, Request]] = deque()
         self._greeted = False
+        self._lacking_since = 0.0
         self._repairs: Repairs | None = None
         if self._repairing:
             # No bound method: in a cycle, sockets would be collected before the connections that close them.
@@ -355,7 +357,7 @@ class Ensemble:
         self._learn(obj, request)
         self._raise_refusals(request, [obj.ballots_key])
         self._note_behind(obj, request)
-        obj.is_lacking = self._count(request, NO_DATA) > len(self.masters) - self.q
+        obj.is_lacking = self._is_lacking(request)
         states, known = self._votes(request, runs)
         if len(states) < self.q:
             self._release(obj, ballot)
@@ -376,6 +378,7 @@ class Ensemble:
             self._release(obj, ballot)
             return False
         obj.ballot, obj.base = ballot, best.base
+        self._lacking_since = 0.0
         return True
 
     def _ask_for_votes(
@@ -525,7 +528,7 @@ class Ensemble:
             indexes = [self._decided(request) for request in requests]
             if None not in indexes:
                 return [r.replies[i][4] for r, i in zip(requests, indexes, strict=True) if i is not None]
-            lacking = any(self._count(r, NO_DATA) > len(self.masters) - self.q for r in requests)
+            lacking = any(self._is_lacking(request) for request in requests)
             if lacking and self._is_unknown(obj):
                 return [[NO_STUDY] for _ in calls]
             tries += 1
@@ -710,7 +713,7 @@ class Ensemble:
                 if self._count(request, OK) >= self.q:
                     break
                 tried = all(m.connected or m.problem is not None for m in self.masters)
-                if tried and self._count(request, NO_DATA) > len(self.masters) - self.q:
+                if tried and self._is_lacking(request):
                     self._recover(registry, request)
             self._receive(0.002)
             next(trying)
@@ -734,7 +737,7 @@ class Ensemble:
         """Whether a majority lacks the object as there is no such study; if it is lost, it is recovered."""
         request = self._send_read("read_key", [obj.ballots_key], ["HLEN"])
         self._wait_for_all(request, 1.0)
-        if self._count(request, NO_DATA) <= len(self.masters) - self.q:
+        if not self._is_lacking(request):
             return False
         if obj.name != object_of(self.keys.ballots):
             study_id = obj.name[obj.name.rindex("{") + 1 : -2]
@@ -744,26 +747,34 @@ class Ensemble:
         self._recover(obj, request)
         return False
 
+    def _is_lacking(self, request: Request) -> bool:
+        """Whether masters without data leave no majority, as things stand."""
+        without = self._count(request, NO_DATA)
+        away = sum(not master.connected for master in self.masters)
+        return without > 0 and len(self.masters) - without - away < self.q
+
     def _recover(self, obj: _Object, request: Request) -> None:
         """No majority has data of an object: let the registry begin, or take what an earlier run has left."""
         without = [i for i, r in request.replies.items() if isinstance(r, list) and r[0] == NO_DATA]
-        with_data = [r for r in request.replies.values() if isinstance(r, list) and r[0] == OK]
-        others = len(with_data)
-        if obj.name == object_of(self.keys.ballots) and not any(m.earlier_run for m in self.masters):
+        with_data = {i: r for i, r in request.replies.items() if isinstance(r, list) and r[0] == OK}
+        if obj.name == object_of(self.keys.ballots) and not any(m.earlier_runs for m in self.masters):
             # Whoever began it before may have died on the way.
-            begun = [r for r in with_data if int(r[2]) == 0]
+            begun = [r for r in with_data.values() if int(r[2]) == 0]
             if len(begun) + len(without) == len(self.masters):
                 self._found()
                 return
-        if others >= needed_for_rebuild(len(self.masters)):
+        if len(with_data) >= needed_for_rebuild(len(self.masters)):
             for index in without:
                 self.rebuild(obj.name, index)
             return
-        revivable = [index for index in without if self.masters[index].earlier_run]
-        if len(revivable) == len(self.masters):
-            # All have restarted. With fewer, one that still has newer data might be left out.
-            for index in revivable:
-                self.revive(index)
+        # What is missing might have lost nothing, while these have lost the last second before a crash.
+        self._lacking_since = self._lacking_since or time.monotonic()
+        all_here = len(with_data) + len(without) == len(self.masters)
+        if all_here or time.monotonic() - self._lacking_since > _WAITED_FOR_ALL:
+            try:
+                revive(self, obj.name, with_data.keys())
+            except ConnectionError as error:
+                _logger.debug("a master went away again: %s", error)
 
     def _found(self) -> None:
         """Begin a new ensemble, with all masters; nothing was there before."""
@@ -834,16 +845,6 @@ class Ensemble:
         """Copy an object from one master to another, under a ballot that the source has promised."""
         copy = f"{ballot}.{next(self._numbers)}"
         return Copy(self, obj.name, ballot, copy, source, best, target, replaced, known).run()
-
-    def revive(self, index: int) -> None:
-        """Let a master go on with the data of its earlier run: all went down, and nothing else is left.
-
-        What is broken off is gone on with when somebody next finds that there is no majority with data.
-        """
-        try:
-            revive(self, self.masters[index])
-        except (ConnectionError, TimeoutError) as error:
-            _logger.debug("%s was not revived: %s", self.masters[index].address, error)
 
     def repair(self, index: int) -> bool:
         """Give a master that restarted everything that the others have; whether it has it all."""

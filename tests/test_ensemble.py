@@ -193,6 +193,74 @@ def test_two_of_three_that_lost_their_data_are_not_taken_for_a_majority() -> Non
             RedisLockedStorage(masters.url, timeout=2.0).get_all_trials(study_id)
 
 
+def _study_of(masters: Masters, trials: int) -> int:
+    with RedisLockedStorage(masters.url) as storage:
+        study_id = create(storage)
+        for _ in range(trials):
+            storage.create_new_trial(study_id)
+    return study_id
+
+
+def test_two_of_three_that_restart_with_their_data_go_on_with_the_third() -> None:
+    """As when two hosts are rebooted in a row."""
+    with Masters("valkey", 3, appendonly=True, extra=("--appendfsync", "always")) as masters:
+        study_id = _study_of(masters, 3)
+        for index in (0, 1):
+            masters.kill(index)
+            masters.start(index)
+        with RedisLockedStorage(masters.url, timeout=10.0) as storage:
+            assert storage.create_new_trial(study_id) & 0xFFFF == 3
+            _wait_until(lambda: _level(storage, study_id), "all vote again")
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_after_all_went_down_two_of_three_go_on_though_the_third_is_lost(
+    lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna_dlock.ensemble, "_WAITED_FOR_ALL", 1.0)
+    with Masters("valkey", 3, appendonly=True, extra=("--appendfsync", "always")) as masters:
+        study_id = _study_of(masters, 3)
+        for index in range(3):
+            masters.kill(index)
+        for index in {0, 1, 2} - {lost}:
+            masters.start(index)
+        with RedisLockedStorage(masters.url, timeout=20.0) as storage:
+            assert storage.create_new_trial(study_id) & 0xFFFF == 3
+            masters.restart_empty(lost)
+            _wait_until(lambda: _level(storage, study_id), "all vote again")
+
+
+def test_of_what_masters_kept_the_latest_counts_and_promises_of_before_do_not() -> None:
+    """One missed the last trials; another kept the promise of a client whose clock is ahead."""
+    with Masters("valkey", 3, appendonly=True, extra=("--appendfsync", "always")) as masters:
+        study_id = _study_of(masters, 2)
+        masters.kill(0)
+        ahead = RedisLockedStorage(masters.url)
+        ensemble = ensemble_of(ahead)
+        ensemble.ballots._clock = lambda: time.time() + 1e6
+        ahead.create_new_trial(study_id)
+        late = ensemble.ballots.next()
+        obj = ensemble._object(ahead._registry.study_keys(study_id).ballots)
+        with ensemble.lock:
+            ensemble._ask_for_votes(obj, late, ensemble.masters)
+        for index in (1, 2):
+            masters.kill(index)
+        for index in range(3):
+            masters.start(index)
+        with RedisLockedStorage(masters.url, timeout=10.0) as storage:
+            assert [t.number for t in storage.get_all_trials(study_id)] == [0, 1, 2]
+            _wait_until(lambda: _level(storage, study_id), "all vote again")
+            count = storage.get_n_trials(study_id)
+            with ensemble.lock:
+                for master in ensemble.masters:
+                    master.close()
+                ensemble.command("PING")
+                obj.ballot, obj.base = late, (3, obj.base[1])
+                assert ahead._trials(study_id).create(None) == count, "it has to ask for the turn again"
+            assert storage.get_n_trials(study_id) == count + 1
+            assert ensemble._object(obj.name).highest > "0001"  # of a new epoch
+
+
 # -- sections --------------------------------------------------------------------------------------
 
 
