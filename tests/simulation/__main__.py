@@ -6,19 +6,19 @@ import argparse
 import time
 
 from tests.simulation.mistakes import MISTAKES
-from tests.simulation.schedule import Runner, Setup
+from tests.simulation.schedule import MASTERS, Runner, Setup
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("seeds", help="a seed, or FIRST:END")
-    parser.add_argument("--replicated", action="store_true", help="as KeyDB masters")
+    parser.add_argument("--masters", choices=MASTERS, default="plain")
     parser.add_argument("--mistake", choices=MISTAKES, help="make it")
     options = parser.parse_args()
     first, _, end = options.seeds.partition(":")
     seeds = range(int(first), int(end) if end else int(first) + 1)
     runner = Runner()
-    setup = MISTAKES[options.mistake] if options.mistake else Setup(replicated=options.replicated)
+    setup = MISTAKES[options.mistake] if options.mistake else Setup(masters=options.masters)
     failed = messages = trials = reads = 0
     start = time.perf_counter()
     try:

@@ -56,7 +56,7 @@ MISTAKES: dict[str, Setup] = {
     "a restarted master that votes at once": _lua(_VOTES_AT_ONCE),
     "the same key names on masters that replicate to each other": Setup(
         fresh=True,
-        replicated=True,
+        masters="replicated",
         patches=_patched(
             (optuna_dlock.master, "on_master", _shared), (optuna_dlock.repair, "on_master", _shared)
         ),

@@ -22,6 +22,7 @@ from tests.simulation.seams import EPOCH, simulated
 from tests.simulation.server import Backend, Mutations, SimulatedMaster, Words
 from tests.simulation.wire import Network, Weather
 
+MASTERS = ("plain", "replicated", "keydb")
 MOST_MASTERS = 5
 _PRESENT, _SNAPSHOT, _BEGINNING = range(3)  # databases of a master; then one for each number of masters
 _SIZES = (3, 3, 3, 3, 3, 3, 2, 5)
@@ -35,13 +36,14 @@ class Setup:
 
     Attributes:
         fresh: Whether every schedule begins with empty masters, and not only some.
-        replicated: Whether masters execute each other's writes blindly and late, as KeyDB's do.
+        masters: "plain"; "replicated" ones execute each other's writes blindly and late; "keydb" ones say that
+            they are KeyDB, whose scripts do not replicate, and get what they lack from each other by full resyncs.
         mutations: Mistakes in Lua.
         patches: What makes mistakes in Python, for the time of a schedule.
     """
 
     fresh: bool = False
-    replicated: bool = False
+    masters: str = "plain"
     mutations: Mutations = field(default_factory=Mutations)
     patches: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
@@ -90,7 +92,8 @@ class Schedule:
                 address,
                 functools.partial(self._server_time, rng.choice((0, 0, rng.randrange(-3 * _SECOND, 3 * _SECOND)))),
                 setup.mutations,
-                self._replicate if setup.replicated else None,
+                setup.masters == "keydb",
+                None if setup.masters == "plain" else self._replicate,
             )
             for number, address in enumerate(addresses)
         ]
@@ -239,7 +242,9 @@ class Schedule:
         network.weather = Weather()
         network.cut_off.clear()
         for master in self._masters:
-            master.up, master.paused_until = True, 0
+            if not master.up:
+                self._start(master)
+            master.paused_until = 0
         for process in self._processes:
             process.paused_until = 0
         self._let("healer", self._heal)
@@ -293,6 +298,7 @@ class Schedule:
 
     def _faults(self) -> list[Callable[[], None]]:
         return [
+            *([self._resync_two] * 5 if self._setup.masters == "keydb" else []),
             self._restart_one,
             self._restart_one,
             self._restart_one,
@@ -349,16 +355,18 @@ class Schedule:
         self.scheduler.at(self.scheduler.now + self._duration(), functools.partial(self._start, master))
 
     def _start(self, master: SimulatedMaster) -> None:
+        if master.up:
+            return
         master.up = True
         self.scheduler.trace("started", master.number)
         for (source, target), echoes in self._echoes.items():
             if target == master.number:  # facts 6, 7: what it wrote itself, and what others have
                 for commands in echoes[-16:]:
                     self._send_effects(source, target, commands)
-        if self._setup.replicated:
+        if self._setup.masters == "keydb":
             for other in self._masters:
                 if other is not master:
-                    at = self.scheduler.now + self._network.delay()
+                    at = self.scheduler.now + self._network.delay() + self._rng.choice((0, 0, 1000, 10_000))
                     self.scheduler.at(at, functools.partial(self._resync, other, master))
 
     def _is_whole(self, master: SimulatedMaster) -> bool:
@@ -415,6 +423,9 @@ class Schedule:
         if master.up and master.generation == generation:
             self.scheduler.trace("effects", target, len(effects))
             master.apply(effects)
+
+    def _resync_two(self) -> None:
+        self._resync(*self._rng.sample(self._masters, 2))
 
     def _resync(self, source: SimulatedMaster, target: SimulatedMaster) -> None:
         if source.up and target.up:

@@ -14,7 +14,7 @@ from typing import Any
 
 import hiredis
 
-from optuna_dlock.scripts import all_masters_scripts
+from optuna_dlock.scripts import Script, all_masters_scripts, on_keydb
 from tests.servers import Server
 
 Words = list[bytes]
@@ -25,10 +25,10 @@ _COPY = b"""
 redis.call('SELECT', ARGV[2]) redis.call('FLUSHDB')
 redis.call('SELECT', ARGV[1])
 for _, key in ipairs(redis.call('KEYS', '*')) do
-  redis.call('COPY', key, key, 'DB', ARGV[2], 'REPLACE')
+  redis.call('COPY', key, key, 'DB', ARGV[2])
 end
 """
-# Everything of one database into another one, beside what is there, as in a full resync of KeyDB.
+# Everything of one database that another one lacks, as a full resync of KeyDB does (what is there is newer).
 _MERGE = _COPY.replace(b"redis.call('SELECT', ARGV[2]) redis.call('FLUSHDB')\n", b"")
 
 # Around each script: the last argument is the time; what it wrote is listed if the one before says so.
@@ -43,7 +43,7 @@ local redis = setmetatable({call = function(command, ...)
     sim_call('RPUSH', '~effects', 1 + select('#', ...), command, ...)
   end
   return sim_call(command, ...)
-end}, {__index = redis})
+end, set_repl = function() sim_listed = '0' end}, {__index = redis})
 """ % (
     b" GET HGET HMGET HGETALL HKEYS HVALS HLEN HEXISTS EXISTS LLEN LRANGE SMEMBERS ZCARD ZRANGE ZRANGEBYSCORE"
     b" ZSCORE HSCAN SCAN TYPE "
@@ -55,10 +55,19 @@ _HEADER = re.compile(r"^-- (\w+): ", re.MULTILINE)
 
 
 @cache
+def _scripts() -> list[Script]:
+    """All that a master may be asked to run."""
+    plain = all_masters_scripts()
+    return [*plain, *map(on_keydb, plain)]
+
+
+@cache
 def _names() -> dict[bytes, str]:
     """How people know a script."""
+    headers = {script: _HEADER.findall(script.source) for script in _scripts()}
     return {
-        script.sha.encode(): "/".join(_HEADER.findall(script.source)[:2]) for script in all_masters_scripts()
+        script.sha.encode(): "/".join([name for name in names if name != "keydb"][:2])
+        for script, names in headers.items()
     }
 
 
@@ -127,7 +136,7 @@ class Backend:
         return self.execute(master, hiredis.pack_command(words))[1][0]
 
     def copy(self, source: int, target: int, merge: bool = False) -> None:
-        """Put the data of one database in the place of another's, or beside it; numbers as `database` gives."""
+        """Put the data of one database in the place of another's, or what is not there; numbers as `database` gives."""
         reply = self.ask(0, b"EVALSHA", self._merge if merge else self._copy, 0, source, target)
         assert reply is None, reply
 
@@ -164,6 +173,7 @@ class SimulatedMaster:
     """One master: what it executes, and which run of it that is.
 
     Args:
+        is_keydb: Whether it says that it is a KeyDB server.
         on_effects: Called with the number of the master and what it wrote, if its peers are to get it.
         clock: Gives the time in microseconds.
     """
@@ -175,6 +185,7 @@ class SimulatedMaster:
         address: str,
         clock: Callable[[], int],
         mutations: Mutations,
+        is_keydb: bool = False,
         on_effects: Callable[[int, list[Words]], None] | None = None,
     ) -> None:
         self.number = number
@@ -185,8 +196,9 @@ class SimulatedMaster:
         self._backend = backend
         self._clock = clock
         self._on_effects = on_effects
+        self._is_keydb = is_keydb
         self._scripts = {
-            script.sha.encode(): backend.load(mutations.apply(script.source)) for script in all_masters_scripts()
+            script.sha.encode(): backend.load(mutations.apply(script.source)) for script in _scripts()
         }
 
     @property
@@ -202,7 +214,9 @@ class SimulatedMaster:
         """Run one command; the bytes of its reply."""
         name = words[0]
         if name == b"INFO":
-            text = f"run_id:{self.run_id}\r\nmaxmemory_policy:noeviction\r\nloading:0\r\n".encode()
+            lines = [f"run_id:{self.run_id}", "maxmemory_policy:noeviction", "loading:0"]
+            lines += ["mvcc_depth:0"] if self._is_keydb else []
+            text = "".join(f"{line}\r\n" for line in lines).encode()
             return b"$%d\r\n%b\r\n" % (len(text), text)
         raw, replies = self._backend.execute(self.number, self._pack(words))
         if self._on_effects is not None:
