@@ -6,18 +6,20 @@
 redis.replicate_commands()
 redis.set_repl(redis.REPL_AOF)
 -- Of keys that decide something; offers are hints. Trials' hashes need no mark: they are gone when the trial is not in live.
-local function marks_of(keys)
+-- Nor those of another object, which has ballots of its own (create_study is a section of the registry).
+local function marks_of(ballots, keys)
   local marks, marked = {}, {}
+  local base = string.match(ballots, '^.*}:')
   for i = 1, #keys do
-    local name = string.match(keys[i], '.*}:(.*)$')
-    if name and name ~= 'offers' and name ~= 'ballots' and string.sub(name, 1, 2) ~= 't:' then
+    local name = string.sub(keys[i], #base + 1)
+    if string.sub(keys[i], 1, #base) == base and name ~= 'offers' and name ~= 'ballots' and string.sub(name, 1, 2) ~= 't:' then
       marks[#marks + 1], marked[#marked + 1] = '-' .. name, keys[i]
     end
   end
   return marks, marked
 end
 local function delete_what_came_back(ballots, keys)
-  local marks, marked = marks_of(keys)
+  local marks, marked = marks_of(ballots, keys)
   local trials = {}
   for i = 1, #keys do
     local base, number = string.match(keys[i], '^(.*}:)t:(%d+)$')
@@ -41,7 +43,7 @@ local function delete_what_came_back(ballots, keys)
   end
 end
 local function note_what_is_gone(ballots, keys)
-  local marks, marked = marks_of(keys)
+  local marks, marked = marks_of(ballots, keys)
   if #marks > 0 then
     local gone = redis.call('HMGET', ballots, unpack(marks))
     for i = 1, #marks do
