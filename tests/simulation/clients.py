@@ -12,8 +12,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from optuna_dlock import RedisLockedStorage
-from optuna_dlock.errors import QuorumError, StudyExistsError
-from tests.simulation.invariants import Finish, History
+from optuna_dlock.errors import DataLostError, QuorumError, StudyExistsError
+from tests.simulation.invariants import Finish, History, Violation
 
 STUDY = "study"
 
@@ -65,6 +65,13 @@ class Client:
 
     def run(self) -> None:
         """Live, from the first connection to the last call."""
+        try:
+            self._run()
+        except (KeyError, DataLostError) as error:
+            # Nobody deletes anything, and all that a client knows of was acknowledged, or shown by a read.
+            raise Violation(f"G2: {self.name} was told: {type(error).__name__}: {error}") from error
+
+    def _run(self) -> None:
         try:
             storage = RedisLockedStorage(self._world.url, deferred_writes=self._deferred)
             self._study = self._join(storage)

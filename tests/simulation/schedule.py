@@ -274,10 +274,10 @@ class Schedule:
         storage = RedisLockedStorage(self.url)
         try:
             study, trials = read_all(storage)
-        except KeyError:
+        except KeyError as error:
             if self.history.is_empty:
                 return
-            raise
+            raise Violation(f"G2: all is lost: {error}") from error
         self.history.read(trials, known)
         self.history.look_at_attrs(-1, storage.get_study_user_attrs(study), known)
         storage.close()
