@@ -68,7 +68,9 @@ class History:
         if other is not None and other != tag:
             raise Violation(f"G1: number {number} was given to {other} and to {tag}")
         if self.tags.get(number, tag) != tag:
-            raise Violation(f"G1: number {number} was given to {tag}, and a read had shown {self.tags[number]}")
+            raise Violation(
+                f"G1: number {number} was given to {tag}, and a read had shown {self.tags[number]}"
+            )
         self.numbers[tag] = number
 
     def finished(self, number: int, finish: Finish) -> None:
@@ -173,7 +175,9 @@ class History:
     def check_pending(self, trial: FrozenTrial, client: str, value: int) -> None:
         """G5: a client sees its own deferred writes."""
         if trial.user_attrs.get(client, 0) < value:
-            raise Violation(f"G5: {client} wrote {value} to trial {trial.number}, and sees {trial.user_attrs}")
+            raise Violation(
+                f"G5: {client} wrote {value} to trial {trial.number}, and sees {trial.user_attrs}"
+            )
 
 
 class Snapshot(NamedTuple):

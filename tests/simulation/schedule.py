@@ -64,6 +64,11 @@ class Result:
     trials: int
     lines: list[str] | None
 
+    @property
+    def is_violation(self) -> bool:
+        """Whether a guarantee was broken."""
+        return self.problem is not None and self.problem.startswith(Violation.__name__)
+
 
 class Schedule:
     """The world of one schedule.
@@ -90,7 +95,9 @@ class Schedule:
                 backend,
                 number,
                 address,
-                functools.partial(self._server_time, rng.choice((0, 0, rng.randrange(-3 * _SECOND, 3 * _SECOND)))),
+                functools.partial(
+                    self._server_time, rng.choice((0, 0, rng.randrange(-3 * _SECOND, 3 * _SECOND)))
+                ),
                 setup.mutations,
                 setup.masters == "keydb",
                 None if setup.masters == "plain" else self._replicate,
@@ -146,7 +153,10 @@ class Schedule:
     def _run(self, work: Callable[[], None]) -> Result:
         problem: str | None = None
         ttl_ms = self._rng.choice((10, 30, 100, 100, 2000))
-        with simulated(self.scheduler, self._network, self._rng, ttl_ms, self._on_stamp), self._setup.patches():
+        with (
+            simulated(self.scheduler, self._network, self._rng, ttl_ms, self._on_stamp),
+            self._setup.patches(),
+        ):
             try:
                 work()
             except AssertionError as error:

@@ -10,28 +10,47 @@ import contextlib
 import functools
 import random
 import select
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-import optuna_dlock.ensemble
-import optuna_dlock.ensemble_lock
-import optuna_dlock.lease
-import optuna_dlock.master
-import optuna_dlock.quorum
-import optuna_dlock.repair
-import optuna_dlock.retry
-import optuna_dlock.section
-import optuna_dlock.server
-import optuna_dlock.storage
-import optuna_dlock.studies
-import optuna_dlock.trials
 from optuna_dlock.ensemble import Ensemble
 from optuna_dlock.retry import Backoff
 from tests.simulation.scheduler import Scheduler, Task
 from tests.simulation.wire import Network, SimulatedConnection
 
+# What is exchanged, by module.
+_EXCHANGED = {
+    "ensemble": ("time", "select", "secrets", "threading", "Backoff", "_TTL_MS"),
+    "ensemble_lock": ("time", "random", "secrets", "threading"),
+    "master": ("time", "threading", "all_masters_scripts"),
+    "quorum": ("random",),
+    "repair": ("time", "threading", "_TTL_MS"),
+    "retry": ("random",),
+    "section": ("Backoff",),
+    "server": ("connection_factory",),
+    "storage": ("secrets", "Ensemble"),
+    "studies": ("secrets",),
+    "trials": ("os", "datetime"),
+}
+REPLACED = {(module, name) for module, names in _EXCHANGED.items() for name in names}
+# What is not, as no schedule comes there.
+UNUSED = {
+    *(("codec", "datetime"), ("live_trial", "datetime")),  # converted, and never asked for the time
+    *(("quorum", "time"), ("retry", "time")),  # defaults of arguments that are always given
+    *(("ensemble_lock", "os"), ("url", "os")),  # the process's number, the environment
+    *(("lock", "os"), ("lock", "secrets"), ("lock", "threading"), ("lock", "time")),  # one master only
+    *(("node", "os"), ("node", "threading")),  # one master only
+    # The user's lock is not held in any schedule.
+    *(
+        ("distributed_lock", "threading"),
+        ("distributed_lock", "time"),
+        ("lease", "threading"),
+        ("lease", "time"),
+    ),
+}
 EPOCH = 1_700_000_000_000_000  # microseconds: when every schedule begins
 _STARTS = datetime(2024, 1, 15, 12)
 
@@ -162,40 +181,31 @@ def simulated(
         ttl_ms: Of the leases of sections and copies; safety does not depend on it.
         on_stamp: Called with each time that is written into a record.
     """
-    clock, threads, chance = Clock(scheduler), Threading(scheduler), Chance(rng)
-    calendar = Calendar(scheduler, on_stamp)
-    backoff = functools.partial(Backoff, clock=clock.monotonic, sleep=clock.sleep)
-    replaced: list[tuple[Any, dict[str, Any]]] = [
-        (
-            optuna_dlock.ensemble,
-            {"time": clock, "select": Select(network), "secrets": chance, "threading": threads, "Backoff": backoff, "_TTL_MS": ttl_ms},
-        ),
+    clock, chance = Clock(scheduler), Chance(rng)
+    stand_ins: dict[str, Any] = {
+        "time": clock,
+        "select": Select(network),
+        "threading": Threading(scheduler),
+        "secrets": chance,
+        "random": chance,
+        "os": chance,
+        "datetime": Calendar(scheduler, on_stamp),
+        "Backoff": functools.partial(Backoff, clock=clock.monotonic, sleep=clock.sleep),
+        "Ensemble": functools.partial(Ensemble, clock=clock.time),
+        "connection_factory": lambda url, timeout: functools.partial(_connection, network, url),
         # Loading the scripts is half of all messages, and no part of the protocol: masters have them.
-        (optuna_dlock.master, {"time": clock, "threading": threads, "all_masters_scripts": tuple}),
-        (optuna_dlock.repair, {"time": clock, "threading": threads, "_TTL_MS": ttl_ms, "_PAUSE": 0.05}),
-        (optuna_dlock.quorum, {"random": chance}),
-        (optuna_dlock.retry, {"random": chance}),
-        (optuna_dlock.section, {"Backoff": backoff}),
-        (optuna_dlock.ensemble_lock, {"time": clock, "random": chance, "secrets": chance, "threading": threads}),
-        (
-            optuna_dlock.storage,
-            {"secrets": chance, "Ensemble": functools.partial(Ensemble, clock=clock.time)},
-        ),
-        (optuna_dlock.studies, {"secrets": chance}),
-        (optuna_dlock.trials, {"os": chance, "datetime": calendar}),
-        (
-            optuna_dlock.server,
-            {"connection_factory": lambda url, timeout: functools.partial(_connection, network, url)},
-        ),
-    ]
-    saved = [(module, {name: getattr(module, name) for name in names}) for module, names in replaced]
+        "all_masters_scripts": tuple,
+        "_TTL_MS": ttl_ms,
+    }
+    modules = [(vars(sys.modules["optuna_dlock." + module]), names) for module, names in _EXCHANGED.items()]
+    saved = [{name: module[name] for name in names} for module, names in modules]
     try:
-        for module, names in replaced:
-            vars(module).update(names)
+        for module, names in modules:
+            module.update({name: stand_ins[name] for name in names})
         yield
     finally:
-        for module, names in saved:
-            vars(module).update(names)
+        for (module, _), names in zip(modules, saved, strict=True):
+            module.update(names)
 
 
 def _connection(network: Network, url: str) -> SimulatedConnection:

@@ -159,12 +159,12 @@ class Mutations:
 
     def __init__(self, *replaced: tuple[str, str]) -> None:
         self._replaced = replaced
-        self.found = [0] * len(replaced)
+        self.missing = [old for old, _ in replaced]  # what no script had so far
 
     def apply(self, source: str) -> str:
         """The script, with the mistakes."""
-        for at, (old, new) in enumerate(self._replaced):
-            self.found[at] += source.count(old)
+        self.missing = [old for old in self.missing if old not in source]
+        for old, new in self._replaced:
             source = source.replace(old, new)
         return source
 
