@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from datetime import datetime
@@ -84,24 +85,20 @@ class Client:
         ]
         for _ in range(self._calls):
             self._world.sleep(int(self._rng.expovariate(1.0) * self._rng.choice((50, 1000, 1000))))
-            try:
+            with contextlib.suppress(QuorumError):  # it may have been done or not
                 self._rng.choice(acts)(storage)
-            except QuorumError:
-                pass  # it may have been done or not
-        try:
+        with contextlib.suppress(QuorumError):
             self._read(storage)
             storage.close()
-        except QuorumError:
-            pass
 
     def _join(self, storage: RedisLockedStorage) -> int:
         while True:
             try:
-                return storage.get_study_id_from_name(STUDY)
+                return int(storage.get_study_id_from_name(STUDY))
             except KeyError:
                 pass
             try:
-                return storage.create_new_study([StudyDirection.MINIMIZE], STUDY)
+                return int(storage.create_new_study([StudyDirection.MINIMIZE], STUDY))
             except StudyExistsError:
                 pass
 

@@ -1,6 +1,6 @@
 """What every schedule must keep (G1-G6 of design.md), checked at each read and at the end.
 
-Every creation has a tag, every finish a value, and every attribute counts up: so it can be told whose is whose.
+Every creation has a tag, every finish a value, and every attribute counts up: so one can tell whose is whose.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class History:
         if other is not None and other != tag:
             raise Violation(f"G1: number {number} was given to {other} and to {tag}")
         if self.tags.get(number, tag) != tag:
-            raise Violation(
-                f"G1: number {number} was given to {tag}, and a read had shown {self.tags[number]}"
-            )
+            raise Violation(f"G1: number {number} was given to {tag}; a read had shown {self.tags[number]}")
         self.numbers[tag] = number
 
     def finished(self, number: int, finish: Finish) -> None:
@@ -138,9 +136,9 @@ class History:
         number, tag = trial.number, tag_of(trial)
         if self.tags.setdefault(number, tag) != tag:
             raise Violation(f"G1: number {number} is that of {tag}, and was that of {self.tags[number]}")
-        if known.records.keys() & {number} or number in known.finishes:
-            if not trial.state.is_finished():
-                raise Violation(f"G3: trial {number} was finished, and is {trial.state.name}")
+        was_finished = number in known.records or number in known.finishes
+        if was_finished and not trial.state.is_finished():
+            raise Violation(f"G3: trial {number} was finished, and is {trial.state.name}")
         if trial.state.is_finished():
             finish = _finish_of(trial)
             told = self.finishes.get(number)
@@ -175,9 +173,7 @@ class History:
     def check_pending(self, trial: FrozenTrial, client: str, value: int) -> None:
         """G5: a client sees its own deferred writes."""
         if trial.user_attrs.get(client, 0) < value:
-            raise Violation(
-                f"G5: {client} wrote {value} to trial {trial.number}, and sees {trial.user_attrs}"
-            )
+            raise Violation(f"G5: {client} wrote {value} to {trial.number}, and sees {trial.user_attrs}")
 
 
 class Snapshot(NamedTuple):

@@ -1,4 +1,4 @@
-"""Mistakes that the simulation has to notice: in a script, or in the Python code for the time of a schedule."""
+"""Mistakes that the simulation has to notice: in a script, or in the Python code while a schedule runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _shared(prefix: str, address: str, run: str) -> str:
 _NO_BALLOT_CHECK = "f[1] ~= ARGV[na - 6]", "false"
 _VOTES_AT_ONCE = (
     "  return {-20} -- no data, or not all of it yet: a master that has forgotten must not vote",
-    "  redis.call('HSET', KEYS[1], 'p', '0', 'l', 0, 'a', '0', 's', '0', 'i', '0') f = {'0', 0, '0', '0', '0'}",
+    "  redis.call('HSET', KEYS[1], 'p', '0', 'l', 0, 'a', '0', 's', '0', 'i', '0')\n"
+    "  f = {'0', 0, '0', '0', '0'}",
 )
 
 MISTAKES: dict[str, Setup] = {

@@ -1,7 +1,7 @@
 """One thread at a time, in virtual time: the order of events alone decides who goes on.
 
 A task is a thread that runs only while it has the baton. Whoever has to wait takes the next events out of the
-queue itself, until they make some task ready; that one gets the baton. So a run depends on nothing but its events.
+queue itself, until they make some task ready; that one gets the baton. So a run depends on its events alone.
 """
 
 from __future__ import annotations

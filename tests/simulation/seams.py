@@ -1,7 +1,7 @@
 """Where the package meets the world: clocks, threads, sockets, chance. Replaced by simulated ones meanwhile.
 
-Every module takes these from module attributes of its own (`time.sleep` through its `time`), which are exchanged.
-`test_simulation.py` sees to it that no module is forgotten.
+Every module takes these from module attributes of its own (`time.sleep` through its `time`), which are
+exchanged. `test_simulation.py` sees to it that no module is forgotten.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ def simulated(
             module.update({name: stand_ins[name] for name in names})
         yield
     finally:
-        for (module, _), names in zip(modules, saved, strict=True):
-            module.update(names)
+        for (module, _), values in zip(modules, saved, strict=True):
+            module.update(values)
 
 
 def _connection(network: Network, url: str) -> SimulatedConnection:

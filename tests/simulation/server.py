@@ -14,6 +14,7 @@ from typing import Any
 
 import hiredis
 
+from optuna_dlock.node import pack_command
 from optuna_dlock.scripts import Script, all_masters_scripts, on_keydb
 from tests.servers import Server
 
@@ -102,7 +103,7 @@ class Backend:
         sock.settimeout(20.0)
         assert self._server.socket_path is not None
         sock.connect(self._server.socket_path)
-        sock.sendall(hiredis.pack_command(("SELECT", database)))
+        sock.sendall(pack_command(("SELECT", database)))
         assert sock.recv(100) == b"+OK\r\n"
         return sock
 
@@ -120,6 +121,7 @@ class Backend:
 
     def execute(self, master: int, packed: bytes, replies: int = 1) -> tuple[bytes, list[Any]]:
         """Run commands on a master; the bytes of the replies, and the replies."""
+        found: list[Any]
         sock, reader, raw, found = self._sockets[master], hiredis.Reader(), b"", []
         sock.sendall(packed)
         while len(found) < replies:
@@ -133,10 +135,10 @@ class Backend:
 
     def ask(self, master: int, *words: bytes | str | int) -> Any:
         """Run one command on a master; the reply."""
-        return self.execute(master, hiredis.pack_command(words))[1][0]
+        return self.execute(master, pack_command(words))[1][0]
 
     def copy(self, source: int, target: int, merge: bool = False) -> None:
-        """Put the data of one database in the place of another's, or what is not there; numbers as `database` gives."""
+        """Put the data of one database in the place of another's; or add what is not there."""
         reply = self.ask(0, b"EVALSHA", self._merge if merge else self._copy, 0, source, target)
         assert reply is None, reply
 
@@ -228,14 +230,16 @@ class SimulatedMaster:
         name = words[0].decode()
         if name == "EVALSHA":
             name, words = _names()[words[1]], words[2 + int(words[2]) :]
+        if name == "UNLINK":
+            return f"UNLINK {len(words) - 1} keys"  # in the order of SCAN, which differs
         return " ".join([name, *(word[:40].decode("utf-8", "backslashreplace") for word in words[1:])])
 
     def execute_transaction(self, commands: Sequence[Words]) -> bytes:
         """Run MULTI..EXEC; the bytes of the reply to EXEC."""
-        packed = [hiredis.pack_command(("MULTI",))]
+        packed = [pack_command(("MULTI",))]
         for words in commands:
             packed.append(self._pack(words))
-        packed.append(hiredis.pack_command(("EXEC",)))
+        packed.append(pack_command(("EXEC",)))
         raw, replies = self._backend.execute(self.number, b"".join(packed), len(packed))
         if self._on_effects is not None:
             self._list_effects(commands, replies[-1])
@@ -243,7 +247,7 @@ class SimulatedMaster:
 
     def apply(self, commands: Sequence[Words]) -> None:
         """Execute blindly what a peer wrote."""
-        packed = [hiredis.pack_command(tuple(words)) for words in commands]
+        packed = [pack_command(tuple(words)) for words in commands]
         self._backend.execute(self.number, b"".join(packed), len(packed))
 
     def _pack(self, words: Words) -> bytes:
@@ -251,7 +255,7 @@ class SimulatedMaster:
         if words[0] == b"EVALSHA":
             listed = b"0" if self._on_effects is None else b"1"
             words = [words[0], self._scripts[words[1]], *words[2:], listed, b"%d" % self._clock()]
-        return hiredis.pack_command(tuple(words))
+        return pack_command(tuple(words))
 
     def _list_effects(self, commands: Sequence[Words], replies: Sequence[Any]) -> None:
         effects: list[Words] = []
