@@ -789,7 +789,7 @@ class Ensemble:
             master.check_members(reply)
         request, script = Request(), masters_script("found_object")
         for master in self.masters:
-            master.send_script(script, [self.keys.ballots], [], request)
+            master.send_script(script, [self.keys.ballots], [FIRST_BALLOT, ""], request)
             self._note_run(master)
         self._wait_for_all(request, 2.0)
 

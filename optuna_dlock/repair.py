@@ -202,14 +202,13 @@ def revive(ensemble: Ensemble, name: str, alive: Collection[int]) -> None:
 
     What was acknowledged stood on a majority. So of N - q + 1 masters, be they `alive` or restarted with
     their data, the latest has all of it. Only as many as lack to that number go on, the latest first; the
-    others get copies. Their ballot begins a new epoch, so that nothing that was promised before can be decided
-    now.
+    others get copies. Their ballot begins a new epoch: nothing promised before can be decided any more.
 
     Raises:
         ConnectionError: If a master stops answering.
     """
     keys = ensemble.keys_of(name)
-    seen, texts = [FIRST_BALLOT], []
+    seen, texts, latest = [FIRST_BALLOT], [], 0
     kept: list[tuple[State, Master, str]] = []
     for master in ensemble.masters:
         if not master.connected:
@@ -221,16 +220,26 @@ def revive(ensemble: Ensemble, name: str, alive: Collection[int]) -> None:
             if None not in state:
                 seen.append(promised.decode())
                 texts.append(known or b"")
+                latest = max(latest, int(state[1]))
                 states.append((State.of(*state), master, run))
         if states and master.index not in alive:
             kept.append(max(states, key=lambda item: item[0].order))
     missing = needed_for_rebuild(len(ensemble.masters)) - len(alive)
-    if len(kept) < missing:
-        return
     known_runs = Runs(texts)
     for _, master, _ in kept:
         known_runs.begin(master.index, master.run)
     ballot = ensemble.ballots.next_epoch(max(seen))
+    if len(kept) < missing:
+        everybody_told = all(master.connected for master in ensemble.masters)
+        if everybody_told and latest == 0 and isinstance(keys, StudyKeys):
+            # The registry was copied to masters that have not run the section that made this study.
+            for master in ensemble.masters:
+                if master.index not in alive:
+                    request = Request()
+                    script, names = masters_script("found_object"), [keys.ballots, keys.meta]
+                    master.send_script(script, names, [ballot, str(known_runs)], request)
+                    ensemble.reply_of(master, request, _PATIENCE)
+        return
     for _, master, run in sorted(kept, key=lambda item: item[0].order, reverse=True)[:missing]:
         _revive_on(ensemble, master, run, keys, ballot, known_runs)
 

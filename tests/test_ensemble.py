@@ -25,6 +25,7 @@ from optuna_dlock.errors import (
     QuorumError,
     ServerConfigurationError,
 )
+from optuna_dlock.keys import object_of
 from tests.masters import Masters
 from tests.servers import Server
 
@@ -475,3 +476,39 @@ def test_pickling_keeps_the_configuration(url: str) -> None:
     again = pickle.loads(pickle.dumps(storage))
     again.create_new_trial(study_id)
     assert storage.get_n_trials(study_id) == 1
+
+
+def test_a_study_that_only_a_minority_has_begun_can_be_used() -> None:
+    """The registry was copied from the one master that ran the section that made it (seen by simulation)."""
+    with Masters("valkey", 3) as masters:
+        with RedisLockedStorage(masters.url) as storage:
+            study_id = create(storage)
+        for server in masters.servers[:2]:
+            (ballots,) = server.command("KEYS", f"*{{{study_id}}}:ballots")
+            base = ballots[: -len(b"ballots")]
+            server.command("DEL", ballots, base + b"meta")
+        with RedisLockedStorage(masters.url, timeout=10.0) as storage:
+            assert [storage.create_new_trial(study_id) & 0xFFFF for _ in range(3)] == [0, 1, 2]
+            _wait_until(lambda: _level(storage, study_id), "all vote")
+
+
+def test_a_master_that_has_the_study_before_the_section_that_makes_it_runs_that_section_too() -> None:
+    with Masters("valkey", 3) as masters:
+        with RedisLockedStorage(masters.url) as storage:
+            create(storage)
+            (away,) = (m for m in ensemble_of(storage).masters if str(masters.servers[0].port) in m.address)
+            away.close()
+            away._next_attempt = float("inf")
+            study_id = create(storage)
+            storage.create_new_trial(study_id)
+            away._next_attempt = 0.0
+            ensemble = ensemble_of(storage)
+            _wait_until(lambda: bool(away.tend() or away.connected), "it is back")
+            ensemble.rebuild(object_of(storage._registry.study_keys(study_id).ballots), away.index)
+            ensemble.repair(away.index)
+        with RedisLockedStorage(masters.url) as storage:
+            registries = [
+                server.command("HGETALL", server.command("KEYS", "*{registry}:studies")[0])
+                for server in masters.servers
+            ]
+            assert registries[0] == registries[1] == registries[2]
