@@ -9,7 +9,8 @@ from typing import Any
 import optuna_dlock.ensemble
 import optuna_dlock.master
 import optuna_dlock.repair
-from optuna_dlock.quorum import Runs, State
+from optuna_dlock.ensemble import Ensemble
+from optuna_dlock.quorum import State
 from tests.simulation.schedule import Setup
 from tests.simulation.server import Mutations
 
@@ -51,12 +52,14 @@ _VOTES_AT_ONCE = (
     "  f = {'0', 0, '0', '0', '0'}",
 )
 
+# Too rare for this, and found by the model in tests/protocol: a rebuild from one other master (one schedule in
+# about 500 notices it), votes of earlier runs that are counted, a replay under the old ballot.
 MISTAKES: dict[str, Setup] = {
     "a commit without the ballot check": _lua(_NO_BALLOT_CHECK),
     "a reader that believes a minority": Setup(patches=_patched((optuna_dlock.ensemble, "decided", _latest))),
     "a restarted master that votes at once": _lua(_VOTES_AT_ONCE),
     "the same key names on masters that replicate to each other": Setup(
-        fresh=True,
+        begins="founded",
         masters="replicated",
         patches=_patched(
             (optuna_dlock.master, "on_master", _shared), (optuna_dlock.repair, "on_master", _shared)
@@ -67,15 +70,18 @@ MISTAKES: dict[str, Setup] = {
     "a majority of less than half": Setup(
         patches=_patched((optuna_dlock.ensemble, "majority", lambda n: max(1, n // 2)))
     ),
-    "a rebuild from one other master": Setup(
-        patches=_patched((optuna_dlock.ensemble, "needed_for_rebuild", lambda n: 1))
+    "states are ranked by nothing": Setup(
+        patches=_patched((State, "order", property(lambda state: ("", 0))))
     ),
-    "votes of earlier runs are counted": Setup(
-        patches=_patched((Runs, "is_current", lambda self, index, run: True))
+    "a lower ballot is promised too": _lua(("f[1] > ARGV[1]", "false")),
+    "a copy leaves out what was written to running trials": _lua(
+        ("redis.call('RENAME', ARGV[9] .. number, ARGV[8] .. number)", "")
     ),
-    "a replay under the old ballot": _lua(("redis.call('HSET', ballots, 'a', f[1])\n", "\n")),
-    "a copy that replaces anything": _lua(
-        ("(f[4] or '') ~= ARGV[6] or (f[5] or '') ~= ARGV[7] or (f[3] and f[3] >= ARGV[2])", "false")
+    "creating a study looks for what is there already": Setup(
+        begins="empty", mutations=Mutations(("if ARGV[6] ~= '1' then\n  for", "if true then\n  for"))
+    ),
+    "a write that was sent is not looked at again": Setup(
+        patches=_patched((Ensemble, "_collect", lambda self: bool(self._outstanding.clear())))
     ),
     "a creation that forgets its last operation": _lua(("tonumber(sequence) == tonumber(ARGV[3])", "false")),
     "a finish that does not look at the version": _lua(

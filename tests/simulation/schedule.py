@@ -17,7 +17,7 @@ from optuna_dlock import RedisLockedStorage
 from optuna_dlock.keys import DEFAULT_PREFIX, RegistryKeys, StudyKeys
 from tests.simulation.clients import STUDY, Client, read_all
 from tests.simulation.invariants import History, Violation
-from tests.simulation.scheduler import Process, Scheduler
+from tests.simulation.scheduler import Process, Scheduler, Stopped, Task
 from tests.simulation.seams import EPOCH, simulated
 from tests.simulation.server import Backend, Mutations, SimulatedMaster, Words
 from tests.simulation.wire import Network, Weather
@@ -26,6 +26,7 @@ MASTERS = ("plain", "replicated", "keydb")
 MOST_MASTERS = 5
 _PRESENT, _SNAPSHOT, _BEGINNING = range(3)  # databases of a master; then one for each number of masters
 _SIZES = (3, 3, 3, 3, 3, 3, 2, 5)
+_MOST_CLIENTS = 7
 _SECOND = 1_000_000
 _LIMIT = 600 * _SECOND  # by when all has to be over
 
@@ -35,14 +36,15 @@ class Setup:
     """What a schedule may contain, besides what the seed decides.
 
     Attributes:
-        fresh: Whether every schedule begins with empty masters, and not only some.
+        begins: "founded" lets this setup's own code found the study first; "empty" leaves that to the
+            clients, who all come at once; by default the study is there, or the seed says "empty".
         masters: "plain"; "replicated" ones execute each other's writes blindly and late; "keydb" ones say
             that they are KeyDB, where scripts do not replicate, and full resyncs bring what a master lacks.
         mutations: Mistakes in Lua.
         patches: What makes mistakes in Python, for the time of a schedule.
     """
 
-    fresh: bool = False
+    begins: str = ""
     masters: str = "plain"
     mutations: Mutations = field(default_factory=Mutations)
     patches: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
@@ -103,7 +105,9 @@ class Schedule:
             for number, address in enumerate(addresses)
         ]
         self._network = Network(self.scheduler, rng, Weather(), self._masters)
+        self._network.on_crash = self._crash
         self._processes: list[Process] = []
+        self._clients: list[Task] = []
         self._healed = False
         self._stamps: dict[Process, datetime] = {}
         self._replicated_until = [[0] * self._n for _ in range(self._n)]
@@ -182,13 +186,15 @@ class Schedule:
 
     def _prepare(self) -> None:
         """Masters that have the study already; sometimes empty ones, which everybody finds at once."""
-        fresh = self._rng.random() < 0.05
+        begins = self._setup.begins
+        if self._rng.random() < 0.1:
+            begins = "empty"
         for master in self._masters:
-            if fresh or self._setup.fresh:
+            if begins:
                 self._backend.flush(master.number)
             else:
                 self._backend.copy(self._database(master, self._beginning), self._database(master, _PRESENT))
-        if self._setup.fresh and not fresh:
+        if begins == "founded":
             self._begin()
         self.scheduler.now = _SECOND
 
@@ -212,19 +218,22 @@ class Schedule:
     def _live(self) -> None:
         rng, scheduler = self._rng, self.scheduler
         self._network.weather = self._draw_weather()
-        deferred = rng.random() < 0.7
-        tasks = []
-        for number in range(rng.choice((2, 2, 3, 3, 4))):
-            name = f"c{number}"
-            process = Process(name, self._draw_skew())
-            self._processes.append(process)
-            client = Client(name, self, random.Random(rng.random()), rng.randint(3, 8), deferred)
-            tasks.append(scheduler.spawn(name, process, client.run))
+        self._deferred = rng.random() < 0.7
+        for _ in range(rng.choice((2, 2, 3, 3, 4))):
+            self._begin_client()
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
             at = scheduler.now + rng.randrange(rng.choice((10_000, 30_000, 30_000, 1 * _SECOND)))
             scheduler.at(at, functools.partial(self._befall, rng.choice(self._faults())))
-        if not scheduler.join(tasks, scheduler.now + _LIMIT):
+        if not scheduler.join(self._clients, scheduler.now + _LIMIT):
             raise Violation("clients do not come to an end")
+
+    def _begin_client(self) -> None:
+        rng = self._rng
+        name = f"c{len(self._clients)}"
+        process = Process(name, self._draw_skew())
+        self._processes.append(process)
+        client = Client(name, self, random.Random(rng.random()), rng.randint(3, 8), self._deferred)
+        self._clients.append(self.scheduler.spawn(name, process, client.run))
 
     def _draw_weather(self) -> Weather:
         rng = self._rng
@@ -240,6 +249,8 @@ class Schedule:
             weather.swallow = 0.003
         if rng.random() < 0.5:
             weather.preempt = rng.choice((0.01, 0.05, 0.1))
+        if rng.random() < 0.2:
+            weather.crash = rng.choice((0.005, 0.02))
         if rng.random() < 0.05:
             weather.forget = 0.01
         self.scheduler.trace(weather)
@@ -410,8 +421,18 @@ class Schedule:
         self.scheduler.trace("pause", process.name)
 
     def _kill_client(self) -> None:
-        process = self._rng.choice(self._processes)
+        self._kill(self._rng.choice(self._processes))
+
+    def _crash(self, process: Process) -> None:
+        """A client dies in the middle of what it does; mostly, somebody starts another one."""
+        if process in self._processes:
+            self._kill(process)
+            raise Stopped
+
+    def _kill(self, process: Process) -> None:
         self.scheduler.trace("kill", process.name)
+        if process.alive and len(self._clients) < _MOST_CLIENTS and self._rng.random() < 0.8:
+            self._begin_client()
         process.alive = False
         self.scheduler.stop(process)
         self._network.cut(lambda link: link.process is process)

@@ -39,6 +39,7 @@ class Weather:
         cut: How often a message costs its connection: lost before, or after it was executed.
         swallow: How often it does so silently: nothing comes through any more, and nobody is told.
         preempt: How often a process is held up between two messages that it sends.
+        crash: How often a process dies between two messages that it sends.
         forget: How often a master does not know a script any more.
     """
 
@@ -48,6 +49,7 @@ class Weather:
     cut: float = 0.0
     swallow: float = 0.0
     preempt: float = 0.0
+    crash: float = 0.0
     forget: float = 0.0
 
 
@@ -64,6 +66,7 @@ class Network:
         self.scheduler = scheduler
         self.masters = masters
         self.weather = weather
+        self.on_crash: Callable[[Process], None] = lambda process: None
         self.cut_off: set[tuple[str, int]] = set()
         self._rng = rng
         self._links: dict[int, Link] = {}  # by what stands for its file number
@@ -161,6 +164,8 @@ class Link:
     def send(self, packed: bytes) -> None:
         """Send one command."""
         network, scheduler = self.network, self.network.scheduler
+        if network.chance(network.weather.crash):
+            network.on_crash(self.process)
         network.preempt()
         if not self._open or (self._inbox and self._inbox[-1] is _EOF):
             raise ConnectionResetError("reset by peer")
