@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
+from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -17,6 +18,7 @@ from optuna_dlock.errors import DataLostError, QuorumError, StudyExistsError
 from tests.simulation.invariants import Finish, History, Violation
 
 STUDY = "study"
+_ANY = FloatDistribution(0.0, 1e6)
 
 
 class Surroundings(Protocol):
@@ -37,7 +39,7 @@ class Own:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.pending = 0  # value of its attribute that was written, and not acknowledged yet
+        self.pending: dict[str, int] = {}  # what was written to it, and not acknowledged yet
 
 
 class Client:
@@ -149,15 +151,15 @@ class Client:
             return self._create(storage)
         own = self._rng.choice(self._own)
         try:
-            value = self._set(storage, own.number)
+            what, value = self._set(storage, own.number)
         except UpdateFinishedTrialError:
             self._history.refused(own.number)
             self._own.remove(own)
             return None
         if self._deferred:
-            own.pending = value
+            own.pending[what] = value
         else:
-            self._history.kept(own.number, self.name, value)
+            self._history.kept(own.number, what, value)
         return None
 
     def _write_to_other(self, storage: RedisLockedStorage) -> None:
@@ -165,18 +167,25 @@ class Client:
             return self._read(storage)
         number = self._rng.choice(self._others)
         try:
-            value = self._set(storage, number)
+            what, value = self._set(storage, number)
         except UpdateFinishedTrialError:
             self._history.refused(number)
             return None
-        self._history.kept(number, self.name, value)
+        self._history.kept(number, what, value)
         return None
 
-    def _set(self, storage: RedisLockedStorage, number: int) -> int:
+    def _set(self, storage: RedisLockedStorage, number: int) -> tuple[str, int]:
+        """Write an attribute, a parameter or a report, named after this client; which one, and what."""
         self._counter = value = self._counter + 1
-        self._history.tried_attrs[number, self.name] = value
-        storage.set_trial_user_attr(self._id(number), self.name, value)
-        return value
+        what = self.name + self._rng.choice(("", "/x", "/i"))
+        self._history.tried_attrs[number, what] = value
+        if what.endswith("/x"):
+            storage.set_trial_param(self._id(number), what, value, _ANY)
+        elif what.endswith("/i"):
+            storage.set_trial_intermediate_value(self._id(number), int(self.name[1:]), value)
+        else:
+            storage.set_trial_user_attr(self._id(number), what, value)
+        return what, value
 
     def _write_to_study(self, storage: RedisLockedStorage) -> None:
         self._counter = value = self._counter + 1
@@ -192,8 +201,9 @@ class Client:
             return self._create(storage)
         own = self._rng.choice(self._own)
         self._own.remove(own)
-        if self._tell(storage, own.number, TrialState.COMPLETE) and own.pending:
-            self._history.kept(own.number, self.name, own.pending)
+        if self._tell(storage, own.number, TrialState.COMPLETE):
+            for what, value in own.pending.items():
+                self._history.kept(own.number, what, value)
         return None
 
     def _reap(self, storage: RedisLockedStorage) -> None:
@@ -221,7 +231,7 @@ class Client:
     def _read(self, storage: RedisLockedStorage) -> None:
         history = self._history
         known = history.snapshot()
-        pending = [(own, own.pending) for own in self._own if own.pending]
+        pending = [(own.number, dict(own.pending)) for own in self._own]
         trials = storage.get_all_trials(self._study, deepcopy=False)
         history.read(trials, known)
         self._others = [
@@ -229,10 +239,9 @@ class Client:
             for trial in trials
             if trial.state is TrialState.RUNNING and trial.number not in {own.number for own in self._own}
         ]
-        for own, value in pending:
-            trial = trials[own.number]
-            if not trial.state.is_finished():
-                history.check_pending(trial, self.name, value)
+        for number, written in pending:
+            if not trials[number].state.is_finished():
+                history.check_pending(trials[number], self.name, written)
 
     def _id(self, number: int) -> int:
         return self._study << 32 | number

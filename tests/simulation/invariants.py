@@ -28,13 +28,22 @@ def tag_of(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("tag", trial.datetime_start))
 
 
+def written_to(trial: FrozenTrial) -> dict[str, int]:
+    """What clients have written to a trial; each only ever writes more than before."""
+    return {
+        **{name: value for name, value in trial.user_attrs.items() if name != "tag"},
+        **{name: int(value) for name, value in trial.params.items()},
+        **{f"c{step}/i": int(value) for step, value in trial.intermediate_values.items()},
+    }
+
+
 def _finish_of(trial: FrozenTrial) -> Finish:
     return Finish(trial.state, trial.values[0] if trial.values else None)
 
 
 def _record(trial: FrozenTrial) -> tuple[object, ...]:
     """All that must not change once a trial is finished."""
-    return tag_of(trial), _finish_of(trial), tuple(sorted(trial.user_attrs.items())), trial.datetime_complete
+    return tag_of(trial), _finish_of(trial), tuple(sorted(written_to(trial).items())), trial.datetime_complete
 
 
 class History:
@@ -156,7 +165,7 @@ class History:
             and not self.maybe_claims.get(number)
         ):
             raise Violation(f"G4: trial {number} is RUNNING, and nobody claimed it")
-        self.look_at_attrs(number, trial.user_attrs, known)
+        self.look_at_attrs(number, written_to(trial), known)
 
     def look_at_attrs(self, number: int, attrs: Mapping[str, Any], known: Snapshot) -> None:
         """G2, G5: the attributes of a trial, or of the study (-1)."""
@@ -164,16 +173,15 @@ class History:
             if of == number and attrs.get(client, 0) < value:
                 raise Violation(f"G2: attribute {client} of trial {number} was {value}, and is {attrs}")
         for client, value in attrs.items():
-            if client == "tag":
-                continue
             if value > self.tried_attrs.get((number, client), 0):
                 raise Violation(f"attribute {client} of trial {number} is {value}, which nobody wrote")
             self.kept(number, client, value)
 
-    def check_pending(self, trial: FrozenTrial, client: str, value: int) -> None:
+    def check_pending(self, trial: FrozenTrial, client: str, written: Mapping[str, int]) -> None:
         """G5: a client sees its own deferred writes."""
-        if trial.user_attrs.get(client, 0) < value:
-            raise Violation(f"G5: {client} wrote {value} to {trial.number}, and sees {trial.user_attrs}")
+        seen = written_to(trial)
+        if any(seen.get(what, 0) < value for what, value in written.items()):
+            raise Violation(f"G5: {client} wrote {written} to {trial.number}, and sees {seen}")
 
 
 class Snapshot(NamedTuple):

@@ -119,6 +119,6 @@ def test_claims_are_kept_and_nobody_else_claims(history: History) -> None:
 
 
 def test_own_deferred_writes_are_seen(history: History) -> None:
-    history.check_pending(GOOD[0], "a", 1)
-    with pytest.raises(Violation, match="G5: a wrote 2 to 0"):
-        history.check_pending(GOOD[0], "a", 2)
+    history.check_pending(GOOD[0], "c0", {"a": 1})
+    with pytest.raises(Violation, match="G5: c0 wrote"):
+        history.check_pending(GOOD[0], "c0", {"a": 2})
