@@ -45,6 +45,14 @@ def _shared(prefix: str, address: str, run: str) -> str:
     return f"{prefix}@shared"
 
 
+def _named(
+    on_master: Callable[[str, str, str], str],
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Other names for the keys of a master."""
+    where = (optuna_dlock.master, optuna_dlock.repair)
+    return _patched(*((module, "on_master", on_master) for module in where))
+
+
 _NO_BALLOT_CHECK = "f[1] ~= ARGV[na - 6]", "false"
 _VOTES_AT_ONCE = (
     "  return {-20} -- no data, or not all of it yet: a master that has forgotten must not vote",
@@ -61,9 +69,7 @@ MISTAKES: dict[str, Setup] = {
     "the same key names on masters that replicate to each other": Setup(
         begins="founded",
         masters="replicated",
-        patches=_patched(
-            (optuna_dlock.master, "on_master", _shared), (optuna_dlock.repair, "on_master", _shared)
-        ),
+        patches=_named(_shared),
     ),
     # Beyond what issue 3 names:
     "a commit by a master that is behind": _lua(("f[3] ~= ARGV[na - 5] or f[4] ~= ARGV[na - 4]", "false")),
