@@ -55,6 +55,7 @@ _ASKED_AGAIN = 5  # times
 _GATE = 0.05  # seconds that the master that is asked first may take before the others are asked too
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
 _WAITED_FOR_ALL = 5.0  # seconds, after all went down, before a majority goes on without the rest
+_FLUSHED_AFTER = 0.002  # seconds for which a write waits for others to take a turn together
 _READ_TRIES = 3  # undecided reads before one is made a section
 _READ_COMMANDS = frozenset(
     ("EXISTS", "GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
@@ -81,6 +82,20 @@ class _Object:
         self.base = (0, "")
         self.highest = FIRST_BALLOT
         self.is_lacking = False
+
+
+class _Posted:
+    """A write that returned to its caller before a majority had it.
+
+    Attributes:
+        request: None while it is not sent, as somebody else may have the turn.
+    """
+
+    __slots__ = ("obj", "post", "request")
+
+    def __init__(self, post: Post, obj: _Object) -> None:
+        self.post, self.obj = post, obj
+        self.request: Request | None = None
 
 
 class Head:
@@ -140,7 +155,9 @@ class Ensemble:
         self._numbers = itertools.count(1)
         self._sequence = 0
         self._objects: dict[str, _Object] = {}
-        self._outstanding: deque[tuple[Post, _Object, Request]] = deque()
+        self._outstanding: deque[_Posted] = deque()
+        self._unsent = 0  # of these
+        self._flusher: threading.Thread | None = None
         self._greeted = False
         self._lacking_since = 0.0
         self._repairs: Repairs | None = None
@@ -217,18 +234,18 @@ class Ensemble:
     def post(self, post: Post) -> None:
         """Send a write to all masters at once, and read the replies with the next call that waits.
 
-        Where somebody else may have run the last section of the object, it is not sent before that is known:
-        then it waits.
+        Where somebody else may have run the last section of the object, it needs a turn first: with the next
+        call that waits, or soon, in a thread of its own.
         """
         with self.lock:
-            head = post.head
-            obj = self._object(head.keys[0])
-            args = (*head.args, post.field, post.value, post.sequence)
-            if obj.ballot is None or not self._greeted:
-                self._settle(post, self.run(head.script, head.keys, args))
-                return
-            request = self._send_section(obj, obj.ballot, head.script.name, head.keys, args)
-            self._outstanding.append((post, obj, request))
+            obj = self._object(post.head.keys[0])
+            self._outstanding.append(_Posted(post, obj))
+            self._unsent += 1
+            if obj.ballot is not None:
+                self._send_unsent(obj)
+            elif self._flusher is None:
+                self._flusher = threading.Thread(target=_flush, args=(self,), name="flush", daemon=True)
+                self._flusher.start()
             if len(self._outstanding) > 500:
                 self.collect()
 
@@ -238,6 +255,7 @@ class Ensemble:
             if not self._outstanding:
                 return
             self.waits += 1
+            self._greet()
             self._collect()
 
     @property
@@ -246,21 +264,48 @@ class Ensemble:
         return len(self._outstanding)
 
     def _collect(self) -> bool:
-        """Take the replies of all posts; whether some had to be run again."""
-        again = False
+        """Take the replies of all posts; whether some had to be sent yet, or once more."""
+        again, trying = False, self._trying(longest=0.02, first=0.0005)
         while self._outstanding:
-            post, obj, request = self._outstanding[0]
-            if not again and self._wait_for_section(request):
-                reply = self._section_reply(request)
+            posted = self._outstanding[0]
+            obj, request = posted.obj, posted.request
+            if request is None:
+                again = True
+                if obj.ballot is None and not self._acquire(obj):
+                    if obj.is_lacking and self._is_unknown(obj):
+                        self._done(posted, [NO_STUDY])
+                    else:
+                        next(trying)
+                    continue
+                self._send_unsent(obj)
+            elif self._wait_for_section(request):
+                self._done(posted, self._section_reply(request))
             else:
                 # Refused, or lost: this one and all that were sent after it, as they build on it.
-                again, obj.ballot = True, None
-                head = post.head
-                args = (*head.args, post.field, post.value, post.sequence)
-                reply = self._section(head.script.name, head.keys, args, collect=False)
-            self._outstanding.popleft()
-            self._settle(post, reply)
+                self._learn(obj, request)
+                self._raise_refusals(request, posted.post.head.keys)
+                obj.ballot = None
+                for later in self._outstanding:
+                    if later.obj is obj and later.request is not None:
+                        later.request = None
+                        self._unsent += 1
         return again
+
+    def _send_unsent(self, obj: _Object) -> None:
+        """Send all posts of an object that were not sent; we have its ballot."""
+        if not self._unsent or obj.ballot is None:
+            return
+        for posted in self._outstanding:
+            if posted.obj is obj and posted.request is None:
+                post, head = posted.post, posted.post.head
+                args = (*head.args, post.field, post.value, post.sequence)
+                posted.request = self._send_section(obj, obj.ballot, head.script.name, head.keys, args)
+                self._unsent -= 1
+
+    def _done(self, posted: _Posted, reply: Any) -> None:
+        self._outstanding.popleft()
+        self._unsent -= posted.request is None
+        self._settle(posted.post, reply)
 
     @staticmethod
     def _settle(post: Post, reply: Any) -> None:
@@ -282,6 +327,7 @@ class Ensemble:
         trying = self._trying(longest=0.02, first=0.0005)
         while True:
             if obj.ballot is not None:
+                self._send_unsent(obj)
                 request = self._send_section(obj, obj.ballot, name, keys, args)
                 if collect and self._outstanding:
                     self._collect()  # what was sent before is on the wires before
@@ -291,7 +337,7 @@ class Ensemble:
                 obj.ballot = None
                 self._learn(obj, request)
                 self._raise_refusals(request, keys)
-            elif collect and self._outstanding:
+            elif collect and len(self._outstanding) > self._unsent:
                 self._collect()
                 continue
             if not self._acquire(obj):
@@ -515,6 +561,8 @@ class Ensemble:
         trying: Iterator[int] | None = None
         tries = 0
         while True:
+            if collect and self._unsent:
+                self._collect()
             requests = [self._send_read(name, keys, args) for keys, args in calls]
             if collect and self._outstanding and self._collect():
                 continue  # some write was run again after we asked
@@ -896,6 +944,19 @@ class Ensemble:
         """The key names of an object."""
         text = name[name.rindex("{") + 1 : -2]
         return StudyKeys(self.prefix, int(text)) if text.isdecimal() else self.keys
+
+
+def _flush(ensemble: Ensemble) -> None:
+    """Send what was not sent when it was posted; a burst of writes takes one turn."""
+    time.sleep(_FLUSHED_AFTER)
+    with ensemble.lock:
+        ensemble._flusher = None
+        try:
+            if ensemble._unsent:
+                ensemble._greet()
+                ensemble._collect()
+        except DLockError as error:  # the next call that waits raises it
+            _logger.debug("writes wait for their turn: %s", error)
 
 
 def _entry(raw: bytes) -> list[bytes]:

@@ -304,8 +304,8 @@ def test_a_section_is_refused_once_somebody_else_was_promised_the_turn(
     time.sleep(0.005)
     assert second._acquire(objects[1])
     assert objects[0].base == objects[1].base
-    assert _run_empty_section(first, objects[0]) == 0
-    assert _run_empty_section(second, objects[1]) == 3
+    assert _run_empty_section(first, objects[0]) < 2
+    assert _run_empty_section(second, objects[1]) >= 2
 
 
 @pytest.mark.parametrize("base", [(7, ""), None])
@@ -370,6 +370,49 @@ def test_alone_a_section_is_one_round_trip_and_writes_wait_for_nothing(url: str)
     storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
     assert node.waits == before + 1
     assert node.outstanding == 0
+
+
+def test_writes_wait_for_nothing_while_others_have_the_turn_and_take_one_turn_together(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna_dlock.ensemble, "_FLUSHED_AFTER", 60.0)
+    turns = []
+    acquire = Ensemble._acquire
+    monkeypatch.setattr(
+        Ensemble,
+        "_acquire",
+        lambda self, *args: turns.append(self) or acquire(self, *args),  # type: ignore[func-returns-value]
+    )
+    mine, other = RedisLockedStorage(url), RedisLockedStorage(url)
+    study_id = create(mine)
+    trial_id = mine.create_new_trial(study_id)
+    ensemble = ensemble_of(mine)
+    obj = ensemble._object(mine._registry.study_keys(study_id).ballots)
+    for sent in (True, False):
+        other.create_new_trial(study_id)
+        if not sent:
+            obj.ballot = None  # as after a section that was refused
+        waits, turns[:] = ensemble.waits, []
+        for number in range(10):
+            mine.set_trial_user_attr(trial_id, f"{sent} {number}", number)
+        assert ensemble.waits == waits
+        assert (ensemble.outstanding, ensemble._unsent) == (10, 0 if sent else 10)
+        mine.set_trial_user_attr(trial_id, "last", sent)
+        mine.get_n_trials(study_id)
+        assert turns == [ensemble]
+        assert len(other.get_trial(trial_id).user_attrs) == (11 if sent else 21)
+
+
+def test_a_write_that_had_no_turn_reaches_others_though_its_worker_calls_nothing_more(url: str) -> None:
+    mine, other = RedisLockedStorage(url), RedisLockedStorage(url)
+    study_id = create(mine)
+    trial_id = mine.create_new_trial(study_id)
+    other.create_new_trial(study_id)
+    ensemble = ensemble_of(mine)
+    ensemble._object(mine._registry.study_keys(study_id).ballots).ballot = None
+    mine.set_trial_user_attr(trial_id, "a", 1)
+    _wait_until(lambda: other.get_trial(trial_id).user_attrs == {"a": 1}, "it is sent")
+    assert ensemble.outstanding == 0
 
 
 def test_a_master_that_missed_little_and_one_that_missed_much_catch_up() -> None:
