@@ -1,12 +1,18 @@
 """An Optuna storage whose critical sections hold across processes and hosts."""
 
+from optuna_dlock.budget import TrialBudget
 from optuna_dlock.distributed_lock import DistributedLock
+from optuna_dlock.duplicates import Duplicate
 from optuna_dlock.errors import (
     AccessDeniedError,
+    BudgetExhaustedError,
+    BudgetMismatchError,
+    ClaimError,
     CorruptRecordError,
     DataLostError,
     DLockError,
     FinishedTrialError,
+    GridMismatchError,
     IncompatibleDistributionError,
     InvalidURLError,
     LockError,
@@ -17,20 +23,36 @@ from optuna_dlock.errors import (
     StorageUnavailableError,
     StudyExistsError,
     StudyNotFoundError,
+    StudyStoppedError,
     TrialNotFoundError,
+    UnsupportedStorageError,
 )
+from optuna_dlock.grid_sampler import ClusterGridSampler
+from optuna_dlock.skipping import claim_or_skip, skip_duplicates
 from optuna_dlock.storage import RedisLockedStorage
+from optuna_dlock.twins import claim_finished, claim_params
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RedisLockedStorage",
+    "TrialBudget",
+    "ClusterGridSampler",
     "DistributedLock",
+    "skip_duplicates",
+    "claim_or_skip",
+    "claim_params",
+    "claim_finished",
+    "Duplicate",
     "DLockError",
     "AccessDeniedError",
+    "ClaimError",
+    "BudgetExhaustedError",
+    "BudgetMismatchError",
     "CorruptRecordError",
     "DataLostError",
     "FinishedTrialError",
+    "GridMismatchError",
     "IncompatibleDistributionError",
     "InvalidURLError",
     "LockError",
@@ -41,5 +63,7 @@ __all__ = [
     "StorageUnavailableError",
     "StudyExistsError",
     "StudyNotFoundError",
+    "StudyStoppedError",
     "TrialNotFoundError",
+    "UnsupportedStorageError",
 ]

@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna_dlock import __version__
 from optuna_dlock.errors import DLockError, InvalidURLError
-from optuna_dlock.url import parse_url
+from optuna_dlock.server import server_of_url
+
+if TYPE_CHECKING:
+    from optuna_dlock import RedisLockedStorage
 
 OK, FAILED, USAGE = 0, 1, 2
 # A tool that somebody waits for gives up sooner than a worker does.
@@ -44,6 +47,13 @@ examples:
 
 It changes nothing on the servers and shows no password.
 Exit codes: 0 nothing failed (there may be warnings), 1 something did, 2 a URL is wrong."""
+
+_STOP_EXAMPLES = """\
+examples:
+  optuna-dlock stop redis://localhost:6379/0 mnist            # workers finish their running trials and end
+  optuna-dlock stop redis://localhost:6379/0 mnist --resume   # workers may start again
+
+Exit codes: 0 done, 2 it could not (no such study, no answer)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
         "urls", metavar="URL", nargs="+", help=f"{_URL_HELP}; or several hosts, h1:6379,h2:6379"
     )
     doctor.add_argument("--json", action="store_true", help="print JSON, one object")
+    stop = _command(
+        commands,
+        "stop",
+        "let all workers of a study finish their running trials and end",
+        _STOP_EXAMPLES,
+        _stop,
+    )
+    stop.add_argument("url", metavar="URL", help=_URL_HELP)
+    stop.add_argument("study", metavar="STUDY", help="name of the study")
+    stop.add_argument("--resume", action="store_true", help="let its trials begin again")
+    stop.add_argument("--json", action="store_true", help="print JSON, one object")
     return parser
 
 
@@ -148,14 +169,9 @@ def _demo(args: argparse.Namespace) -> int:
 def _audit(args: argparse.Namespace) -> int:
     import optuna
 
-    from optuna_dlock import RedisLockedStorage
     from optuna_dlock.audit import audit_numbers, zombies
 
-    folder = parse_url(args.url).embedded_path
-    if folder is not None and not os.path.exists(folder):
-        # Opening it would create it, and then find it in order.
-        raise InvalidURLError(f"there is no embedded storage at {folder}", url=args.url)
-    storage = RedisLockedStorage(args.url, timeout=_TIMEOUT)
+    storage = _open(args.url)
     names = [args.study] if args.study is not None else sorted(optuna.get_all_study_names(storage))
     found = []
     for name in names:
@@ -183,6 +199,37 @@ def _doctor(args: argparse.Namespace) -> int:
     report = examine(args.urls, _TIMEOUT)
     print(report_json(report) if args.json else report_text(report))
     return OK if report.ok else FAILED
+
+
+def _stop(args: argparse.Namespace) -> int:
+    storage = _open(args.url)
+    limits = storage.limits(storage.get_study_id_from_name(args.study))
+    (limits.resume if args.resume else limits.stop)()
+    now = limits.get()
+    if args.json:
+        facts = {
+            "study": args.study,
+            "stopped": now.stopped,
+            "running": now.running,
+            "waiting": now.waiting,
+            "remaining": now.remaining,
+        }
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+    elif now.stopped:
+        print(f"{args.study}: stopped; {now.running} running trials will finish, none begins")
+    else:
+        print(f"{args.study}: trials may begin; {now.running} are running")
+    return OK
+
+
+def _open(url: str) -> RedisLockedStorage:
+    from optuna_dlock import RedisLockedStorage
+
+    folder = server_of_url(url, None).embedded_path
+    if folder is not None and not os.path.exists(folder):
+        # Opening it would create it, and then find it in order.
+        raise InvalidURLError(f"there is no embedded storage at {folder}", url=url)
+    return RedisLockedStorage(url, timeout=_TIMEOUT)
 
 
 def _table(found: list[dict[str, Any]]) -> str:

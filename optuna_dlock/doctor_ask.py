@@ -17,7 +17,7 @@ from redis.retry import Retry
 
 from optuna_dlock.doctor import Link, Master, Membership, Persistence, Replication, Report, judge
 from optuna_dlock.errors import DLockError, InvalidURLError
-from optuna_dlock.keys import RegistryKeys, StudyKeys, on_master
+from optuna_dlock.keys import RegistryKeys, StudyKeys, on_master, unpack_members
 from optuna_dlock.url import Location, parse_url, split_url
 
 _PINGS = 9
@@ -210,7 +210,7 @@ def _with_membership(
             found[at] = replace(
                 masters[at],
                 membership=Membership(
-                    tuple(members.removeprefix("v:").split(",")) if members else (),
+                    tuple(unpack_members(members.encode())) if members else (),
                     len(latest),
                     len(latest.keys() - own.keys()),
                     sum(count for count in behind if count > 0),

@@ -26,7 +26,7 @@ from optuna_dlock.errors import (
     QuorumError,
     ServerConfigurationError,
 )
-from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of
+from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of, pack_members
 from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, Node, Post, forget_in_children
 from optuna_dlock.quorum import FIRST_BALLOT, Ballots, Runs, State, decided, majority, needed_for_rebuild
@@ -40,6 +40,7 @@ from optuna_dlock.scripts import (
     NO_STUDY,
     OK,
     READS,
+    SECTIONS,
     STALE_BALLOT,
     Script,
     masters_script,
@@ -144,7 +145,7 @@ class Ensemble:
         self._on_fork = on_fork
         self._clock = clock
         self._servers = list(servers)
-        self._poll = select.poll()
+        self._poll, self._polled = select.poll(), set[int]()
         self._repairing = repair
         self._start_anew()
         forget_in_children(self)
@@ -204,6 +205,8 @@ class Ensemble:
                 return self._read(script.name, keys, args)
             if script.name in HINTS:
                 return self._hint(script.name, keys, args)
+            if script.name not in SECTIONS:
+                raise ValueError(f"{script.name} is not listed in scripts.py, so no master knows it")
             return self._section(script.name, keys, args)
 
     def run_many(
@@ -664,23 +667,20 @@ class Ensemble:
 
     def _receive(self, seconds: float) -> None:
         """Wait for replies, and take them; connections that were lost are made again meanwhile."""
-        poll, by_file = select.poll(), {}
-        waiting = False
         for master in self.masters:
             if master.tend():
                 self._check_names()
-            if master.connected:
-                file = master.fileno()
-                by_file[file] = master
-                poll.register(file, select.POLLIN)
-            else:
-                waiting = True
-        if waiting:
+        by_file = {master.fileno(): master for master in self.masters if master.connected}
+        if len(by_file) < len(self.masters):
             seconds = min(seconds, 0.005)
         if not by_file:
             time.sleep(seconds)
             return
-        for file, _ in poll.poll(max(seconds * 1000, 0.1)):
+        if by_file.keys() != self._polled:
+            self._poll, self._polled = select.poll(), set(by_file)
+            for file in by_file:
+                self._poll.register(file, select.POLLIN)
+        for file, _ in self._poll.poll(max(seconds * 1000, 0.1)):
             by_file[file].receive()
 
     def _trying(self, longest: float = 0.1, first: float = 0.002) -> Iterator[int]:
@@ -826,10 +826,9 @@ class Ensemble:
 
     def _found(self) -> None:
         """Begin a new ensemble, with all masters; nothing was there before."""
-        listed = "v:" + ",".join(self.members)
         for master in self.masters:
             request = Request()
-            master.send_plain(("SET", self.keys.members, listed, "NX"), Request())
+            master.send_plain(("SET", self.keys.members, pack_members(self.members), "NX"), Request())
             master.send_plain(("GET", self.keys.members), request)
             reply = self._wait_for(master, request, 2.0)
             if not isinstance(reply, bytes):
@@ -917,7 +916,7 @@ class Ensemble:
                     if obj.ballot is not None:
                         self._release(obj, obj.ballot)
             if whole:
-                master.send_plain(("SET", self.keys.members, "v:" + ",".join(self.members), "NX"), Request())
+                master.send_plain(("SET", self.keys.members, pack_members(self.members), "NX"), Request())
                 self._note_run(master)
                 sweep_earlier_runs(self, master)
             return whole

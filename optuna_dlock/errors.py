@@ -8,6 +8,7 @@ import optuna.exceptions as optuna_exceptions
 
 if TYPE_CHECKING:
     from optuna.exceptions import UpdateFinishedTrialError as UpdateFinishedTrialError
+    from optuna.trial import TrialState
 else:
     # Optuna has this class since 4.3; before, the contract was a bare RuntimeError.
     UpdateFinishedTrialError = getattr(optuna_exceptions, "UpdateFinishedTrialError", RuntimeError)
@@ -105,10 +106,53 @@ class StudyExistsError(DLockError, optuna_exceptions.DuplicatedStudyError):
     study_name: str
 
 
+class StudyStoppedError(DLockError):
+    """The study was told to stop: no trial is created or claimed until `resume_study`. Field: `study_id`."""
+
+    study_id: int
+
+
+class BudgetExhaustedError(DLockError):
+    """The study's trial budget, or its grid, is used up, or is once its running trials have finished.
+
+    Fields: `study_id`, `n_trials` (the limit), `counted` (trials that have used a part of it), `running`.
+    """
+
+    study_id: int
+    n_trials: int
+    counted: int
+    running: int
+
+
+class BudgetMismatchError(DLockError, ValueError):
+    """The study's budget counts other states. Fields: `study_id`, `n_trials` and `states` of the study."""
+
+    study_id: int
+    n_trials: int
+    states: tuple[TrialState, ...]
+
+
+class GridMismatchError(DLockError, ValueError):
+    """The study searches another grid than the one given. Fields: `study_id`, `size` of the study's grid."""
+
+    study_id: int
+    size: int
+
+
+class UnsupportedStorageError(DLockError, TypeError):
+    """A feature that needs `RedisLockedStorage` was used with another storage."""
+
+
 class FinishedTrialError(DLockError, UpdateFinishedTrialError):
     """A finished trial was to be changed. Field: `trial_id`."""
 
     trial_id: int
+
+
+class ClaimError(DLockError, RuntimeError):
+    """Parameters that cannot be claimed here. Field: `number` (of the trial, or None)."""
+
+    number: int | None
 
 
 class IncompatibleDistributionError(DLockError, ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 DEFAULT_PREFIX = "optuna"
 FORMAT_VERSION = 1
 
@@ -40,7 +42,7 @@ class StudyKeys:
 
     def __init__(self, prefix: str, study_id: int) -> None:
         base = f"{prefix}:{{{study_id}}}:"
-        self.meta = base + "meta"  # hash: number of trials, revision of the log's first entry
+        self.meta = base + "meta"  # hash: number of trials, revision of the log's first entry, limits
         self.lock = base + "lock"  # the section lock, see lock_keys()
         self.ops = base + "ops"  # hash: client -> last operation and its number (G6)
         self.live = base + "live"  # hash: number -> record of each unfinished trial
@@ -53,8 +55,12 @@ class StudyKeys:
         self.dists = base + "dists"  # list: distribution by id, as JSON [name, distribution]
         self.dist_ids = base + "distids"  # hash: the same JSON -> id
         self.claims = base + "claims"  # hash: parameter name -> kind of distribution it must keep
+        self.param_sets = base + "sets"  # hash: digest of parameters -> number of the trial that claimed them
+        self.duplicates = base + "duplicates"  # hash: number -> whom it repeats, in which state that was
         self.user_attrs = base + "user"  # hash: key -> JSON
         self.system_attrs = base + "system"  # hash: key -> JSON
+        self.points = base + "points"  # hash: number -> point of the grid that this unfinished trial holds
+        self.reissues = base + "reissues"  # list: points of the grid to be given out again
         _add_masters_keys(self, base)
         self.trial_base = base + "t:"
 
@@ -85,6 +91,16 @@ def _add_masters_keys(keys: RegistryKeys | StudyKeys, base: str) -> None:
 
 def _masters_keys(keys: RegistryKeys | StudyKeys) -> list[str]:
     return [keys.sections, keys.leases, keys.fences, keys.released]
+
+
+def pack_members(members: Sequence[str]) -> str:
+    """The list of masters, as it is stored; KeyDB treats small numbers in a way of its own, this is none."""
+    return "v:" + ",".join(members)
+
+
+def unpack_members(stored: bytes) -> list[str]:
+    """The list of masters that is stored under `members`."""
+    return stored.decode().removeprefix("v:").split(",")
 
 
 def object_of(key: str) -> str:

@@ -16,7 +16,7 @@ import redis.exceptions as redis_errors
 
 from optuna_dlock.channel import Connection, RefusalError, SocketChannel, open_channel, refusal
 from optuna_dlock.errors import AccessDeniedError, DLockError, MembershipError, ServerConfigurationError
-from optuna_dlock.keys import RegistryKeys, on_master, run_key
+from optuna_dlock.keys import RegistryKeys, on_master, run_key, unpack_members
 from optuna_dlock.node import Argument, pack_command
 from optuna_dlock.scripts import Script, all_masters_scripts, on_keydb
 
@@ -203,7 +203,7 @@ class Master:
         """Raise MembershipError if the list of masters stored on a master is another one."""
         if found is None:
             return
-        members = found.decode().removeprefix("v:").split(",")
+        members = unpack_members(found)
         if members != self._members:
             raise MembershipError(
                 f"{self.address} belongs to the masters {', '.join(members)}; this list is "

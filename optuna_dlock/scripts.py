@@ -20,6 +20,10 @@ FOREIGN = -8
 NOT_WAITING = -9
 NOT_HELD = -10
 STALE = -11
+NOT_RUNNING = -12
+EXHAUSTED = -30
+STOPPED = -31
+DIFFERENT = -32
 # With several masters, what stands around the reply of a section:
 NO_DATA = -20
 STALE_BALLOT = -21
@@ -59,11 +63,13 @@ def all_scripts() -> tuple[Script, ...]:
 
 # Which sections change an object's state, and so have to be run by all masters in the same order.
 SECTIONS = (
+    *("claim_finished", "claim_params"),
     *("create_study", "create_trial", "define_param", "delete_study", "finish_trial", "move_trial"),
     *("next_study_id", "set_study_attr", "set_trial_field", "sweep_study"),
+    *("claim_point", "define_grid", "set_budget", "stop_study"),
     *("confirm_state", "drop_lease", "renew_lease", "take_lease"),
 )
-READS = ("get_changes", "get_stale_trials", "get_study_attrs", "get_trial", "read_key")
+READS = ("get_changes", "get_limits", "get_stale_trials", "get_study_attrs", "get_trial", "read_key")
 HINTS = ("record_heartbeat",)
 _BODY = "-- body\n"
 

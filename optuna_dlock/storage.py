@@ -20,16 +20,18 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock.cache import StudyCache, trial_id_of
+from optuna_dlock.claims import ClaimedTrials
 from optuna_dlock.distributed_lock import DistributedLock
+from optuna_dlock.duplicates import Duplicate
 from optuna_dlock.ensemble import Ensemble
 from optuna_dlock.ensemble_lock import EnsembleLocks
 from optuna_dlock.errors import DLockError, TrialNotFoundError
+from optuna_dlock.limits import StudyLimits
 from optuna_dlock.lock import LockManager
 from optuna_dlock.node import Node
 from optuna_dlock.section import Section
 from optuna_dlock.server import server_of_client, server_of_url
 from optuna_dlock.studies import Registry
-from optuna_dlock.trials import StudyTrials
 
 if TYPE_CHECKING:
     import optuna
@@ -164,7 +166,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
 
     def _start_anew(self) -> None:
         self._client = secrets.token_urlsafe(9)
-        self._studies: dict[int, StudyTrials] = {}
+        self._studies: dict[int, ClaimedTrials] = {}
         self._registry.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,14 +277,42 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
             for study_id, info, user_attrs, system_attrs in self._registry.all(self._node)
         ]
 
+    def stop_study(self, study_id: int) -> None:
+        """Let no trial of a study begin any more: its workers finish the running ones and end.
+
+        `study.ask` and `study.optimize` end with a `StudyStoppedError`, until `resume_study`.
+        """
+        self.limits(study_id).stop()
+
+    def resume_study(self, study_id: int) -> None:
+        """Let trials of a stopped study begin again."""
+        self.limits(study_id).resume()
+
+    def limits(self, study_id: int) -> StudyLimits:
+        """What bounds a study: its stop flag, its trial budget, its grid.
+
+        Raises:
+            StudyNotFoundError: If there is no such study.
+        """
+        with self._node.lock:
+            self._registry.info(self._node, study_id)
+            return StudyLimits(
+                self._node,
+                self._registry.study_keys(study_id),
+                self._client,
+                Section(self._node, self._locks, study_id),
+                functools.partial(self._gone, study_id),
+                study_id,
+            )
+
     # -- trials ------------------------------------------------------------------------------------
 
-    def _trials(self, study_id: int) -> StudyTrials:
+    def _trials(self, study_id: int) -> ClaimedTrials:
         trials = self._studies.get(study_id)
         if trials is None:
             info = self._registry.info(self._node, study_id)
             keys = self._registry.study_keys(study_id)
-            trials = self._studies[study_id] = StudyTrials(
+            trials = self._studies[study_id] = ClaimedTrials(
                 self._node,
                 keys,
                 StudyCache(study_id, info.directions, keys.finished),
@@ -297,7 +327,7 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         self._studies.pop(study_id, None)
         return self._registry.gone(self._node, study_id)
 
-    def _of(self, trial_id: int) -> tuple[StudyTrials, int]:
+    def _of(self, trial_id: int) -> tuple[ClaimedTrials, int]:
         study_id, number = trial_id >> 32, trial_id & 0xFFFFFFFF  # see trial_id_of
         trials = self._studies.get(study_id)
         if trials is not None:
@@ -407,6 +437,42 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
         """See `BaseStorage`. Waits for outstanding writes, as nobody may call again."""
         with self._node.lock:
             self._node.collect()
+
+    # -- duplicates --------------------------------------------------------------------------------
+
+    @_locked
+    def claim_params(self, trial_id: int, extra: Any = None) -> Duplicate | None:
+        """Claim the parameters that a RUNNING trial has now; `optuna_dlock.claim_params` also waits.
+
+        Args:
+            trial_id: Of a trial that has all its parameters.
+            extra: What else the result depends on; anything that JSON can express.
+
+        Returns:
+            None if the trial is to train them, else who has or trains them.
+
+        Raises:
+            ClaimError: If the trial has no parameters, or is not RUNNING.
+            FinishedTrialError, TrialNotFoundError: If it is finished or there is none.
+        """
+        trials, number = self._of(trial_id)
+        return trials.claim_params(number, extra)
+
+    @_locked
+    def claim_finished(self, study_id: int, extra: Any = None) -> int:
+        """Let COMPLETE trials that never claimed their parameters own them: `optuna_dlock.claim_finished`."""
+        return self._trials(study_id).claim_finished(extra)
+
+    @_locked
+    def get_duplicates(self, study_id: int) -> dict[int, Duplicate]:
+        """The trials of a study that found their parameters claimed, by number, and whom they duplicate."""
+        return self._trials(study_id).duplicates()
+
+    @_locked
+    def is_trial_running(self, trial_id: int) -> bool:
+        """Whether a trial is RUNNING now; cheaper than `get_trial`, for those who wait for its end."""
+        trials, number = self._of(trial_id)
+        return trials.is_running(number)
 
     # -- heartbeats --------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from optuna_dlock.errors import (
     IncompatibleDistributionError,
 )
 from optuna_dlock.keys import StudyKeys
+from optuna_dlock.limits import check_limits
 from optuna_dlock.live_trial import PARAM, STEP, SYSTEM_ATTR, USER_ATTR, LiveTrial
 from optuna_dlock.node import Post
 from optuna_dlock.scripts import BEHIND, FINISHED, INCOMPATIBLE, NO_STUDY, NO_TRIAL, NOT_WAITING, OK, script
@@ -74,10 +75,11 @@ class StudyTrials(TrialReader):
             script("create_trial"),
             [
                 *(keys.meta, self._section.key(), keys.ops, keys.live, keys.log),
-                *(keys.waiting, keys.finished, keys.order),
+                *(keys.waiting, keys.finished, keys.order, keys.points, keys.reissues),
             ],
             [record, self._client, self._node.next_sequence(), cache.order_read, _WITH_CREATION],
         )
+        check_limits(reply, cache.study_id)
         if reply[0] == NO_STUDY:
             raise self._gone()
         _, number, length, numbers, records = reply
@@ -330,10 +332,11 @@ class StudyTrials(TrialReader):
             script("move_trial"),
             [
                 *(keys.live, self._section.key(), keys.trial(number), keys.log, keys.meta),
-                *(keys.waiting, keys.offers, keys.heartbeats, keys.finished),
+                *(keys.waiting, keys.offers, keys.heartbeats, keys.finished, keys.order),
             ],
             [number, trial.version, record],
         )
+        check_limits(reply, self._cache.study_id)
         if reply[0] == OK:
             # A retry finds what others wrote after the first try: the record lacks it (G2).
             if reply[1] != trial.version + 1:

@@ -13,15 +13,63 @@ import optuna_dlock
 PACKAGE = Path(optuna_dlock.__file__).parent
 # From the top to the ground.
 LAYERS = {
-    "tools": {"cli", "demo", "demo_view", "demo_worker", "audit", "doctor", "doctor_ask", "doctor_view"},
-    "facade": {"__init__", "storage"},
-    "state": {"studies", "trials", "trial_reads", "cache", "live_trial"},
-    "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
-    "server": {
-        *("node", "channel", "scripts", "server", "embedded", "supervisor"),
-        *("ensemble", "master", "repair"),
+    "tools": {
+        "audit",
+        "cli",
+        "demo",
+        "demo_view",
+        "demo_worker",
+        "doctor",
+        "doctor_ask",
+        "doctor_view",
     },
-    "ground": {"errors", "keys", "codec", "distributions", "url", "retry", "quorum"},
+    "facade": {
+        "__init__",
+        "budget",
+        "grid_sampler",
+        "skipping",
+        "storage",
+        "twins",
+    },
+    "state": {
+        "cache",
+        "claims",
+        "limits",
+        "live_trial",
+        "studies",
+        "trial_reads",
+        "trials",
+    },
+    "exclusion": {
+        "distributed_lock",
+        "ensemble_lock",
+        "lease",
+        "lock",
+        "pottery_lock",
+        "section",
+    },
+    "server": {
+        "channel",
+        "embedded",
+        "ensemble",
+        "master",
+        "node",
+        "repair",
+        "scripts",
+        "server",
+        "supervisor",
+    },
+    "ground": {
+        "codec",
+        "distributions",
+        "duplicates",
+        "errors",
+        "grid",
+        "keys",
+        "quorum",
+        "retry",
+        "url",
+    },
 }
 HEIGHT = {module: len(LAYERS) - at for at, (_, modules) in enumerate(LAYERS.items()) for module in modules}
 FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -53,10 +53,14 @@ KEY_NAMES = {
     "dists": ":dists",
     "distribution ids": ":distids",
     "claims": ":claims",
+    "param sets": ":sets",
+    "duplicates": ":duplicates",
     "offers": ":offers",
     "heartbeats": ":heartbeats",
+    "points": ":points",
+    "reissues": ":reissues",
     "trial": r":t:\d+",
-    "attributes": ":(user|system)",
+    "attributes": ":(user|system|duplicates)",
     "lock": ":lock",
     "fence": ":lock:fence",
     "queue": ":lock:queue",
@@ -399,16 +403,25 @@ def _use_studies_and_trials(storage: RedisLockedStorage) -> None:
     storage.set_trial_intermediate_value(trial_id, 1, 0.5)
     storage.set_trial_user_attr(trial_id, "key", 1)
     storage.set_trial_system_attr(trial_id, "key", 1)
+    storage.claim_params(trial_id)
     storage.record_heartbeat(trial_id)
     storage._get_stale_trial_ids(study_id)
     storage.get_trial(trial_id)
     storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
     waiting = storage.create_new_trial(study_id, create_trial(state=TrialState.WAITING))
+    storage.claim_finished(study_id)
     storage.get_all_trials(study_id, states=(TrialState.WAITING,))
     storage.set_trial_state_values(waiting, TrialState.RUNNING)
     storage.get_all_trials(study_id)
     storage.get_n_trials(study_id)
     storage.get_best_trial(study_id)
+    limits = storage.limits(study_id)
+    limits.stop()
+    limits.resume()
+    limits.join_budget(100, [TrialState.COMPLETE])
+    limits.define_grid("digest", 10, [TrialState.COMPLETE], None)
+    limits.claim_point(storage.get_trial_number_from_id(storage.create_new_trial(study_id)), "digest")
+    limits.get()
     storage.delete_study(gone)
 
 

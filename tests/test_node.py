@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -10,10 +11,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from optuna_dlock import keys as keys_module
 from optuna_dlock import node as node_module
 from optuna_dlock.errors import (
     AccessDeniedError,
@@ -22,7 +25,8 @@ from optuna_dlock.errors import (
     ServerConfigurationError,
     StorageUnavailableError,
 )
-from optuna_dlock.node import Node, Post, connection_factory
+from optuna_dlock.keys import StudyKeys
+from optuna_dlock.node import Node, Post, connection_factory, type_of_key
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import Script
 from tests.proxy import CuttingProxy
@@ -644,3 +648,14 @@ def test_a_forked_child_has_its_own_connection_and_leaves_the_parents_posts_alon
     assert arrived(valkey, key) == [1, 2]
     assert forked == []
     node.close()
+
+
+def test_the_kind_of_every_key_of_a_study_is_known() -> None:
+    """Copies to other masters need it: of a list that is taken for a hash no copy ever gets whole."""
+    source = Path(keys_module.__file__).read_text("utf-8")
+    told = dict(re.findall(r'base \+ "(\w+)"  # (hash|list|sorted set|set|string)\b', source))
+    copied = [key.rpartition(":")[2] for key in StudyKeys("optuna", 1).copied()]
+    names = [name for name in copied if name != "lock"]
+    assert {name: type_of_key(f":{name}") for name in names} == {
+        name: told[name].replace("sorted set", "zset") for name in names
+    }

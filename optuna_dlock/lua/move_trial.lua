@@ -1,11 +1,14 @@
 -- move_trial: move an unfinished trial to RUNNING (claim it, G4) or WAITING.
 -- KEYS[1] live (hash)  KEYS[2] section lock  KEYS[3] trial (hash)  KEYS[4] log (list)  KEYS[5] meta (hash)
 -- KEYS[6] waiting (sorted set)  KEYS[7] offers (hash)  KEYS[8] heartbeats (sorted set)  KEYS[9] finished (hash)
+-- KEYS[10] order (list)
 -- ARGV[1] number  ARGV[2] version the record was made from  ARGV[3] record
 -- Returns {0, version} | {-2} NO_TRIAL | {-3} FINISHED | {-4} BEHIND | {-5} BUSY | {-9} NOT_WAITING
+--   | {-30, used, running, limit} EXHAUSTED (the budget) | {-31} STOPPED
 -- Retry-safe: the record holds a token of its call; the same record again gets {0, version}.
 -- include busy
 -- include log_change
+-- include count_spent
 local old = redis.call('HGET', KEYS[1], ARGV[1])
 if not old then
   if redis.call('HEXISTS', KEYS[9], ARGV[1]) == 1 then
@@ -26,6 +29,19 @@ if busy(KEYS[2]) then
 end
 if version ~= ARGV[2] then
   return {-4}
+end
+if state == 0 then
+  local limits = redis.call('HMGET', KEYS[5], 'stopped', 'limit')
+  if limits[1] then
+    return {-31}
+  end
+  if limits[2] then
+    local spent = count_spent(KEYS[5], KEYS[10], KEYS[9], true)
+    local running = redis.call('HLEN', KEYS[1]) - redis.call('ZCARD', KEYS[6])
+    if spent + running >= tonumber(limits[2]) then
+      return {-30, spent, running, limits[2]}
+    end
+  end
 end
 version = tonumber(version) + 1
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
