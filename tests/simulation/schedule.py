@@ -221,6 +221,9 @@ class Schedule:
         self._deferred = rng.random() < 0.7
         for _ in range(rng.choice((2, 2, 3, 3, 4))):
             self._begin_client()
+        for _ in range(rng.randrange(12) if self._setup.masters == "keydb" else 0):
+            at = scheduler.now + rng.randrange(rng.choice((30_000, 100_000)))
+            scheduler.at(at, functools.partial(self._befall, self._resync_two))
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
             at = scheduler.now + rng.randrange(rng.choice((10_000, 30_000, 30_000, 1 * _SECOND)))
             scheduler.at(at, functools.partial(self._befall, rng.choice(self._faults())))
@@ -321,7 +324,6 @@ class Schedule:
 
     def _faults(self) -> list[Callable[[], None]]:
         return [
-            *([self._resync_two] * 5 if self._setup.masters == "keydb" else []),
             self._restart_one,
             self._restart_one,
             self._restart_one,

@@ -11,7 +11,6 @@ import functools
 import random
 import select
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -120,14 +119,39 @@ class Thread:
         return self._task is not None and not self._task.done
 
 
-class Threading:
-    """Stands for `threading`; no lock is ever wanted by two tasks at once."""
+class RLock:
+    """Stands for `threading.RLock`: who waits for it lets others go on."""
 
-    RLock, Lock = staticmethod(threading.RLock), staticmethod(threading.Lock)
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._owner: Task | None = None
+        self._depth = 0
+        self._waiting: list[Task] = []
+
+    def __enter__(self) -> None:
+        task = self._scheduler.current
+        while self._owner not in (None, task):
+            self._waiting.append(task)
+            self._scheduler.wait()
+        self._owner = task
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            waiting, self._waiting = self._waiting, []
+            for task in waiting:
+                self._scheduler.wake(task)
+
+
+class Threading:
+    """Stands for `threading`."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self.Thread = functools.partial(Thread, scheduler)
+        self.RLock = functools.partial(RLock, scheduler)
 
     def current_thread(self) -> Any:
         return self._scheduler.current.thread or self._scheduler.current

@@ -27,7 +27,7 @@ from tests.simulation.schedule import Result
 
 _SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "1200"))
 _FIRST = int(os.environ.get("SIMULATION_FIRST", "0"))
-_SHARES = {"plain": 1.0, "replicated": 0.25, "keydb": 0.4}
+_SHARES = {"plain": 1.0, "replicated": 0.25, "keydb": 0.45}
 _ENOUGH = 600  # schedules with a mistake, of which one in a hundred notices it, or far more
 _REPEATED = range(8)
 
