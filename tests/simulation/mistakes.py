@@ -61,8 +61,8 @@ _VOTES_AT_ONCE = (
 )
 
 # Too rare for this, and found by the model in tests/protocol: a rebuild from one other master (one schedule
-# in about 500 notices it), votes of earlier runs that are counted, a replay under the old ballot. Not noticed:
-# on KeyDB, that what came back by a resync is not deleted again (tests/test_keydb.py shows it).
+# in about 500 notices it), votes of earlier runs that are counted, a replay under the old ballot.
+# Not noticed: on KeyDB, what came back by a resync is not deleted again (tests/test_keydb.py shows it).
 MISTAKES: dict[str, Setup] = {
     "a commit without the ballot check": _lua(_NO_BALLOT_CHECK),
     "a reader that believes a minority": Setup(patches=_patched((optuna_dlock.ensemble, "decided", _latest))),

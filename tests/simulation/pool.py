@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import random
+import secrets
+import select
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from datetime import datetime
 from multiprocessing.util import Finalize
 
 from tests.simulation.mistakes import MISTAKES
@@ -34,6 +42,17 @@ def _run(masters: str, mistake: str, seeds: Iterable[int], until_noticed: bool) 
     return results
 
 
+def _real_parts() -> set[tuple[str, str]]:
+    real = (time, random, secrets, select, threading, datetime, os)
+    return {
+        (name.removeprefix("optuna_dlock."), attribute)
+        for name, module in list(sys.modules.items())
+        if name.startswith("optuna_dlock.")
+        for attribute, value in vars(module).items()
+        if any(value is one for one in real)
+    }
+
+
 class Pool:
     """Runs schedules; a context manager."""
 
@@ -58,3 +77,7 @@ class Pool:
     def notice(self, mistake: str, seeds: range) -> Future[list[Result]]:
         """Run schedules with a mistake until one of them breaks a guarantee; the last result is that one."""
         return self._executor.submit(_run, "", mistake, seeds, True)
+
+    def real_parts(self) -> set[tuple[str, str]]:
+        """What modules of the package take of clocks, threads and chance, outside of schedules."""
+        return self._executor.submit(_real_parts).result()

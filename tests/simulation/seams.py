@@ -22,6 +22,7 @@ from tests.simulation.wire import Network, SimulatedConnection
 
 # What is exchanged, by module.
 _EXCHANGED = {
+    "budget": ("time", "Backoff"),
     "ensemble": ("time", "select", "secrets", "threading", "Backoff", "_TTL_MS"),
     "ensemble_lock": ("time", "random", "secrets", "threading"),
     "master": ("time", "threading", "all_masters_scripts"),
@@ -33,6 +34,7 @@ _EXCHANGED = {
     "storage": ("secrets", "Ensemble"),
     "studies": ("secrets",),
     "trials": ("os", "datetime"),
+    "twins": ("time", "Backoff"),
 }
 REPLACED = {(module, name) for module, names in _EXCHANGED.items() for name in names}
 # What is not, as no schedule comes there.
