@@ -13,10 +13,13 @@ from concurrent.futures import Future
 
 import pytest
 
+from tests.servers import find_binary
 from tests.simulation import seams
 from tests.simulation.mistakes import MISTAKES
 from tests.simulation.pool import Pool
 from tests.simulation.schedule import Result
+
+pytestmark = pytest.mark.skipif(not find_binary("valkey"), reason="no valkey server here")
 
 _SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "1200"))
 _FIRST = int(os.environ.get("SIMULATION_FIRST", "0"))
