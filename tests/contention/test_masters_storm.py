@@ -11,7 +11,7 @@ import pytest
 from tests.contention.conftest import CrewMaker
 from tests.contention.crew import Crew, wait_until
 from tests.contention.facts import Record
-from tests.contention.places import QUICK, SEVERAL, Place, groups
+from tests.contention.places import QUICK, SEVERAL, Place, groups, slow
 from tests.contention.routes import OWN_ROUTE
 from tests.contention.worker import MIX
 from tests.masters import KINDS, Masters
