@@ -105,6 +105,34 @@ class StudyExistsError(DLockError, optuna_exceptions.DuplicatedStudyError):
     study_name: str
 
 
+class StudyStoppedError(DLockError):
+    """The study was told to stop: no trial is created or claimed until `resume_study`. Field: `study_id`."""
+
+    study_id: int
+
+
+class BudgetExhaustedError(DLockError):
+    """The study's trial budget is used up, or will be once the unfinished trials have finished.
+
+    Fields: `study_id`, `n_trials` (the limit), `counted` (trials finished in counted states), `unfinished`.
+    """
+
+    study_id: int
+    n_trials: int
+    counted: int
+    unfinished: int
+
+
+class GridMismatchError(DLockError, ValueError):
+    """The study searches another grid, or has another budget, than the one given. Field: `study_id`."""
+
+    study_id: int
+
+
+class UnsupportedStorageError(DLockError, TypeError):
+    """A feature that needs `RedisLockedStorage` was used with another storage."""
+
+
 class FinishedTrialError(DLockError, UpdateFinishedTrialError):
     """A finished trial was to be changed. Field: `trial_id`."""
 
