@@ -19,6 +19,7 @@ from optuna_dlock.errors import (
     StudyNotFoundError,
     TrialNotFoundError,
 )
+from optuna_dlock.step_range import step_range
 from optuna_dlock.storage import RedisLockedStorage
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RedisLockedStorage",
     "DistributedLock",
+    "step_range",
     "DLockError",
     "AccessDeniedError",
     "CorruptRecordError",
