@@ -19,6 +19,7 @@ from optuna_dlock.errors import (
     StudyNotFoundError,
     TrialNotFoundError,
 )
+from optuna_dlock.graceful_stop import graceful_stop
 from optuna_dlock.step_range import step_range
 from optuna_dlock.storage import RedisLockedStorage
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RedisLockedStorage",
     "DistributedLock",
+    "graceful_stop",
     "step_range",
     "DLockError",
     "AccessDeniedError",

@@ -14,7 +14,7 @@ PACKAGE = Path(optuna_dlock.__file__).parent
 # From the top to the ground.
 LAYERS = {
     "tools": {"cli", "demo", "demo_view", "demo_worker", "audit", "doctor"},
-    "facade": {"__init__", "storage", "step_range"},
+    "facade": {"__init__", "storage", "graceful_stop", "signal_watch", "step_range"},
     "state": {"studies", "trials", "trial_reads", "cache", "live_trial"},
     "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
     "server": {
