@@ -1,4 +1,4 @@
-"""`with graceful_stop(study)`: Ctrl-C finishes the running trials, SIGTERM ends them, and none is left RUNNING."""
+"""`with graceful_stop(study)`: Ctrl-C finishes the running trials, SIGTERM ends them, none stays RUNNING."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def graceful_stop(
 ) -> GracefulStop:
     """Stop the work on a study as signals ask for it, and leave no trial of this process RUNNING.
 
-    The first SIGINT (Ctrl-C) lets the running trials finish; no other is begun, and the block is left as if the work
-    were done. A second SIGINT, or the first SIGTERM or SIGHUP, ends the running trials at once, records them, and
-    ends the program as convention has it: by KeyboardInterrupt (130 to a shell) or SystemExit(143, or 129).
-    A trial whose block is left by any other error is recorded as FAIL.
-    `StudyStoppedError` and `BudgetExhaustedError` of this study end the block, too, and are not errors then.
+    The first SIGINT (Ctrl-C) lets the running trials finish; no other is begun, and the block is left as if the
+    work were done. A second SIGINT, or the first SIGTERM or SIGHUP, ends the running trials at once, records
+    them, and ends the program as convention has it: by KeyboardInterrupt (130 to a shell) or SystemExit(143, or
+    129). `StudyStoppedError` and `BudgetExhaustedError` of this study end the block too, and are no errors
+    then. If the block is left by any other error, the trials that it leaves RUNNING become FAIL.
 
-    It works with every storage, with `study.optimize`, also with `n_jobs`, and with loops of `ask` and `tell`, which
+    It works with every storage, with `study.optimize` and its `n_jobs`, and with loops of `ask` and `tell`, which
     look at `requested`; an `ask` after a signal ends the block. In the main thread a trial is ended by an
-    exception that only `finally` and `except BaseException` see. Nothing can interrupt other threads, nor code in
-    C: their trials are recorded, and if such code does not come back within `abort_after`, the process exits without
-    it, by `os._exit`. SIGKILL, and SIGTERM while C code holds the interpreter's lock, leave trials RUNNING: that is
-    what heartbeats are for.
+    exception that `finally` and `except BaseException` see, and `except Exception` does not. Nothing can
+    interrupt other threads, or code in C: their trials are recorded, and if they do not come to an end within
+    `abort_after`, the process exits by `os._exit`. SIGKILL, and SIGTERM while C code holds the interpreter's
+    lock, leave trials RUNNING: heartbeats are for these.
 
-    It may be nested: a signal is meant for all that are entered. Processes that an objective starts get a terminal's
-    Ctrl-C, too, and should ignore it or have a session of their own; those it forks ignore it.
+    It may be nested: a signal is meant for all that are entered. Processes that an objective starts get the
+    terminal's Ctrl-C too. Those it forks ignore it; the others need `start_new_session=True`, or they end.
 
     Example:
         >>> with graceful_stop(study):
@@ -51,15 +51,15 @@ def graceful_stop(
         >>> print(study.best_params)  # after Ctrl-C, too
 
     Args:
-        study: The study. A copy of it, such as another process has, is not watched.
-        on_abort: What becomes of a trial that is ended by a signal: "fail", or "requeue", where its parameters and
-            attributes go back into the queue as a new WAITING trial as well.
-        abort_after: Seconds that a running trial has to come to its end after the signal. Keep it below the time
-            after which your supervisor sends SIGKILL (Docker: 10 s) by 4. None: wait for ever, as a notebook
-            may prefer.
+        study: The study. Copies of it, such as another process has, are not watched.
+        on_abort: What becomes of a trial that a signal ends: "fail", or "requeue", where a new WAITING trial
+            with its parameters and attributes is put into the queue as well.
+        abort_after: Seconds that running trials have to come to their end when they are ended. Three seconds
+            more may go by until the process exits; a supervisor should wait longer before it sends SIGKILL
+            (Docker: 10 s). None: no limit, which a notebook may prefer.
 
     Returns:
-        What `with` enters; it has `requested`, `signal` and `reraise()`.
+        What `with` enters: `requested`, `signal` and `reraise()`.
 
     Raises:
         RuntimeError: On entering, in another thread than the main thread.
@@ -76,6 +76,8 @@ class GracefulStop:
         abort_after: Seconds, or None.
     """
 
+    _watch: _Watch  # from __enter__ on
+
     def __init__(
         self, study: optuna.Study, on_abort: Literal["fail", "requeue"], abort_after: float | None
     ) -> None:
@@ -86,20 +88,19 @@ class GracefulStop:
         self.study = study
         self.on_abort = on_abort
         self.abort_after = abort_after
-        self._watch: _Watch | None = None
         self._begun: dict[int, int] = {}  # id of a trial begun here -> thread that began it
         self._was_stopped = False  # not by a signal
         self._recording = threading.Lock()
 
     @property
     def requested(self) -> bool:
-        """Whether no further trial is to be begun: a signal came, or the study was stopped or its budget is used up."""
+        """Whether to begin no other trial: a signal came, or the study was stopped or has used up its budget."""
         return self._was_stopped or self.signal is not None
 
     @property
     def signal(self) -> Signals | None:
         """The first signal that came, if any."""
-        number = self._watch.tally.stopped_by if self._watch is not None else None
+        number = self._watch.tally.stopped_by if hasattr(self, "_watch") else None
         return None if number is None else Signals(number)
 
     def reraise(self) -> None:
@@ -116,10 +117,10 @@ class GracefulStop:
     def __enter__(self) -> GracefulStop:
         if not _on_main_thread():
             raise RuntimeError(
-                "graceful_stop works in the main thread only, where Python handles signals: enter it there, around "
-                "what starts the other threads"
+                "graceful_stop works in the main thread only, where Python handles signals: enter it there, "
+                "around what starts the other threads"
             )
-        if self._watch is not None:
+        if hasattr(self, "_watch"):
             raise RuntimeError("this graceful_stop was entered before: make another one")
         outer = current_watch()
         watch = self._watch = outer if isinstance(outer, _Watch) else _Watch()
@@ -137,7 +138,6 @@ class GracefulStop:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         watch = self._watch
-        assert watch is not None
         if os.getpid() != self._pid:
             return False  # a forked child leaves the block; the trials are its parent's
         watch.holding += 1
@@ -146,9 +146,9 @@ class GracefulStop:
             and error.study_id == self.study._study_id
         )
         self._was_stopped |= stopped
-        recorded = error is not None or watch.tally.aborted_by is not None
-        if recorded:
-            self.record()
+        aborted = watch.tally.aborted_by is not None
+        if error is not None or aborted:
+            self.record(requeue=aborted or stopped)
         outermost = watch.stops[0] is self
         if outermost:
             watch.close()
@@ -160,7 +160,7 @@ class GracefulStop:
         watch.holding -= 1
         if watch.tally.aborted_by is None:
             return stopped
-        if not recorded:  # the signal came meanwhile
+        if not aborted:  # the signal came meanwhile
             self.record()
         if outermost:
             raise ending(watch.tally.aborted_by) from None
@@ -171,7 +171,6 @@ class GracefulStop:
     def begin(self, next_trial: Callable[[], int | None]) -> int:
         """Begin a trial, and know it from its first moment on. Returns its id."""
         watch = self._watch
-        assert watch is not None
         if self.signal is not None:
             raise self._stopped_error()
         on_main = _on_main_thread()
@@ -201,7 +200,7 @@ class GracefulStop:
         main = threading.main_thread().ident
         return {trial_id for trial_id, thread in list(self._begun.items()) if thread != main}
 
-    def record(self, among: Container[int] | None = None) -> None:
+    def record(self, among: Container[int] | None = None, requeue: bool = True) -> None:
         """End those trials that were begun here and are RUNNING, in the storage."""
         among = self._begun if among is None else among
         if not self._begun:
@@ -210,15 +209,14 @@ class GracefulStop:
             try:
                 for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                     if trial._trial_id in among:
-                        self._end(trial)
+                        self._end(trial, requeue and self.on_abort == "requeue")
             except Exception:
                 _logger.exception(
-                    "Trials of study %r may be left RUNNING: they could not be recorded.",
+                    "Trials of study %r may be left RUNNING: recording failed.",
                     self.study.study_name,
                 )
 
-    def _end(self, trial: FrozenTrial) -> None:
-        assert self._watch is not None
+    def _end(self, trial: FrozenTrial, requeue: bool) -> None:
         try:
             # First this, as only one can do it: whoever did puts the parameters back.
             if not self.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
@@ -226,7 +224,7 @@ class GracefulStop:
         except UpdateFinishedTrialError:
             return
         what = "FAIL"
-        if self.on_abort == "requeue" and (self.signal is not None or self._was_stopped):
+        if requeue:
             # The attributes by which Optuna's own retries are known: RetryFailedTrialCallback.
             history = [*trial.system_attrs.get("retry_history", []), trial.number]
             system_attrs = {"failed_trial": trial.number, **trial.system_attrs, "retry_history": history}

@@ -1,7 +1,8 @@
 """Signals, seen at once: a thread counts them, so that a main thread that is busy in C code delays nothing.
 
-Python runs a signal's handler in the main thread, between two bytecodes. Its C part also writes the signal's number to
-a file descriptor (`signal.set_wakeup_fd`), at once. A thread reads it there, decides, and tells the main thread.
+Python runs a signal's handler in the main thread, between two bytecodes. Its C part, which runs at once, also
+writes the signal's number to a file descriptor (`signal.set_wakeup_fd`): a thread reads it there, decides, and
+tells the main thread.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class TrialAborted(BaseException):
 
 
 def ending(signum: int) -> BaseException:
-    """What a program raises to end as one that this signal ended: 130 to a shell for SIGINT, 143 for SIGTERM."""
+    """What a program raises to end as if by this signal: 130 to a shell for SIGINT, 143 for SIGTERM."""
     return KeyboardInterrupt() if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
@@ -58,8 +59,8 @@ class Tally:
 class SignalWatch:
     """Handlers of SIGINT, SIGTERM and SIGHUP, from `start` to `close`, both called by the main thread.
 
-    SIGHUP is left alone where it is ignored, as under nohup. A forked child gets the handlers of before back, except
-    that it ignores SIGINT: a terminal sends it to the whole group, and it is the parent who decides what it means.
+    SIGHUP is left alone where it is ignored, as under nohup. A forked child gets the handlers of before back, but
+    ignores SIGINT: a terminal sends it to the whole group, and it is the parent who decides what it means.
 
     A subclass says what is to be done: `stopping`, `aborting`, `overdue`, `abort_after`.
 
@@ -178,9 +179,7 @@ class SignalWatch:
                 _logger.debug("nobody reads signals from descriptor %d", self._fd_before)
 
     def _say_stopping(self) -> None:
-        _logger.warning(
-            "SIGINT: the running trials are finished, no other is begun. Again: they end at once."
-        )
+        _logger.warning("SIGINT: finishing the running trials, beginning no other. Again: they end at once.")
 
     def _aside(self, function: Callable[[], None]) -> threading.Thread:
         """Run what may block, a storage or a log that nobody reads, where it holds up nothing."""
