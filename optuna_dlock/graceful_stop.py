@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from signal import Signals
 from types import TracebackType
 from typing import Any, Literal
@@ -29,15 +29,16 @@ def graceful_stop(
 ) -> GracefulStop:
     """Stop the work on a study as signals ask for it, and leave no trial of this process RUNNING.
 
-    The first SIGINT (Ctrl-C) lets the running trials finish; no other is begun, and the block is left as if the
-    work were done. A second SIGINT, or the first SIGTERM or SIGHUP, ends the running trials at once, records
-    them, and ends the program as convention has it: by KeyboardInterrupt (130 to a shell) or SystemExit(143, or
-    129). `StudyStoppedError` and `BudgetExhaustedError` of this study end the block too, and are no errors
-    then. If the block is left by any other error, the trials that it leaves RUNNING become FAIL.
+    The first SIGINT (Ctrl-C) lets the running trials finish; no other is begun, and the block is left as if
+    the work were done. A second SIGINT, or the first SIGTERM or SIGHUP, ends the running trials at once,
+    records them, and ends the program as convention has it: by KeyboardInterrupt (130 to a shell),
+    SystemExit(143) or SystemExit(129). `StudyStoppedError` and `BudgetExhaustedError` of this study end the
+    block too, and are no errors then. If the block is left by any other error, the trials that it leaves
+    RUNNING become FAIL.
 
-    It works with every storage, with `study.optimize` and its `n_jobs`, and with loops of `ask` and `tell`, which
-    look at `requested`; an `ask` after a signal ends the block. In the main thread a trial is ended by an
-    exception that `finally` and `except BaseException` see, and `except Exception` does not. Nothing can
+    It works with every storage, with `study.optimize` and its `n_jobs`, and with loops of `ask` and `tell`
+    that look at `requested`; an `ask` after a signal ends the block. In the main thread a trial is ended by
+    an exception that `finally` and `except BaseException` see, and `except Exception` does not. Nothing can
     interrupt other threads, or code in C: their trials are recorded, and if they do not come to an end within
     `abort_after`, the process exits by `os._exit`. SIGKILL, and SIGTERM while C code holds the interpreter's
     lock, leave trials RUNNING: heartbeats are for these.
@@ -94,7 +95,7 @@ class GracefulStop:
 
     @property
     def requested(self) -> bool:
-        """Whether to begin no other trial: a signal came, or the study was stopped or has used up its budget."""
+        """Whether to begin no other trial: a signal came, the study is stopped, or its budget is used up."""
         return self._was_stopped or self.signal is not None
 
     @property
@@ -200,10 +201,10 @@ class GracefulStop:
         main = threading.main_thread().ident
         return {trial_id for trial_id, thread in list(self._begun.items()) if thread != main}
 
-    def record(self, among: Container[int] | None = None, requeue: bool = True) -> None:
+    def record(self, among: set[int] | None = None, requeue: bool = True) -> None:
         """End those trials that were begun here and are RUNNING, in the storage."""
-        among = self._begun if among is None else among
-        if not self._begun:
+        among = set(self._begun) if among is None else among
+        if not among:
             return
         with self._recording:
             try:

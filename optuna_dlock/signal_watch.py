@@ -1,8 +1,8 @@
 """Signals, seen at once: a thread counts them, so that a main thread that is busy in C code delays nothing.
 
-Python runs a signal's handler in the main thread, between two bytecodes. Its C part, which runs at once, also
-writes the signal's number to a file descriptor (`signal.set_wakeup_fd`): a thread reads it there, decides, and
-tells the main thread.
+Python runs a signal's handler in the main thread, between two bytecodes. Its C part runs at once, and writes
+the signal's number to a file descriptor (`signal.set_wakeup_fd`): a thread reads it there, decides, and tells
+the main thread.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Tally:
 class SignalWatch:
     """Handlers of SIGINT, SIGTERM and SIGHUP, from `start` to `close`, both called by the main thread.
 
-    SIGHUP is left alone where it is ignored, as under nohup. A forked child gets the handlers of before back, but
-    ignores SIGINT: a terminal sends it to the whole group, and it is the parent who decides what it means.
+    SIGHUP is left alone where it is ignored, as under nohup. A forked child gets the handlers of before back,
+    but ignores SIGINT: a terminal sends it to the whole group, and the parent decides what it means.
 
     A subclass says what is to be done: `stopping`, `aborting`, `overdue`, `abort_after`.
 

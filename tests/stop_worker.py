@@ -1,6 +1,6 @@
-"""A program that tests of graceful_stop run and send signals: `python -m tests.stop_worker JSON`.
+"""A program that tests of graceful_stop run: `python -m tests.stop_worker JSON`.
 
-It tells on stdout what it does, a line at a time. A trial at a "gate" ends when it has read a byte from stdin.
+It tells on stdout what it does, a line at a time. A trial at a gate ends when it has read a byte from stdin.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 
 from optuna_dlock import RedisLockedStorage, graceful_stop
 
@@ -31,8 +32,7 @@ def open_storage(kind: str, where: Any) -> optuna.storages.BaseStorage:
             f"sqlite:///{where}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
     if kind == "journal":
-        # The public name of it is older than Optuna 4.0's module.
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where))
+        return optuna.storages.JournalStorage(JournalFileBackend(where))
     if kind == "memory":
         return optuna.storages.InMemoryStorage()
     return RedisLockedStorage(where)
@@ -70,7 +70,7 @@ def _c_code() -> None:
 
 def _forked() -> None:
     """As a data loader: a child that a Ctrl-C of the whole group reaches, and that is told to end."""
-    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    _ours, theirs = multiprocessing.get_context("fork").Pipe()
     child = multiprocessing.get_context("fork").Process(target=theirs.recv)
     child.start()
     say("child", child.pid)
