@@ -11,19 +11,18 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from optuna.storages import InMemoryStorage
-from optuna.trial import TrialState
 
 from optuna_dlock import graceful_stop
 from optuna_dlock.errors import BudgetExhaustedError, StudyStoppedError
 from optuna_dlock.graceful_stop import GracefulStop
-from optuna_dlock.signal_watch import SAME, Tally, TrialAborted
+from optuna_dlock.signal_watch import SAME, Tally, TrialAborted, current_watch
 from tests.stop_worker import open_storage
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -63,6 +62,15 @@ def _end_at_once() -> None:
     signal.raise_signal(signal.SIGTERM)
     time.sleep(60)
     raise AssertionError("nothing ended this")
+
+
+def _interrupt_twice() -> None:
+    signal.raise_signal(signal.SIGINT)
+    while (watch := current_watch()) is None or watch.tally.stopped_by is None:
+        time.sleep(0.001)
+    time.sleep(SAME * 1.2)
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(60)
 
 
 # -- what the signals ask for ------------------------------------------------------------------------
@@ -197,6 +205,20 @@ def test_a_signal_before_the_first_trial_begins_none(study: optuna.Study) -> Non
     assert study.trials == []
 
 
+def test_optimize_returns_after_the_running_trial(study: optuna.Study) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 1:
+            _interrupt(stop)
+        return 0.0
+
+    returned = False
+    with graceful_stop(study) as stop:
+        study.optimize(objective)
+        returned = True
+    assert returned
+    assert _states(study) == ["COMPLETE", "COMPLETE"]
+
+
 def test_an_ask_after_the_signal_ends_the_block_and_what_it_began(study: optuna.Study) -> None:
     with graceful_stop(study, on_abort="requeue") as stop:
         study.ask().suggest_float("x", 0, 1)
@@ -297,13 +319,19 @@ def test_a_thread_that_begins_a_trial_meanwhile_records_it_itself() -> None:
         finally:
             go_on.set()
             thread.join()
-            assert _states(study) == ["FAIL"]
+            states = _states(study)  # before the block is left
+    assert states == ["FAIL"]
 
 
-def test_a_trial_that_a_reaper_failed_meanwhile_is_not_put_back(study: optuna.Study) -> None:
+def test_a_trial_that_a_reaper_fails_meanwhile_is_put_back_by_the_reaper_only() -> None:
+    class Storage(InMemoryStorage):
+        def set_trial_state_values(self, *args: Any, **kwargs: Any) -> bool:
+            super().set_trial_state_values(*args, **kwargs)  # the reaper is a moment earlier
+            return super().set_trial_state_values(*args, **kwargs)
+
+    study = optuna.create_study(storage=Storage())
     with pytest.raises(SystemExit), graceful_stop(study, on_abort="requeue"):
         study.ask()
-        study._storage.set_trial_state_values(study.trials[0]._trial_id, TrialState.FAIL)
         _end_at_once()
     assert _states(study) == ["FAIL"]
 
@@ -353,17 +381,21 @@ def test_a_signal_stops_all_that_are_entered(study: optuna.Study) -> None:
     assert (_states(study), _states(inner_study)) == (["COMPLETE"], ["COMPLETE", "COMPLETE"])
 
 
-def test_a_signal_ends_all_that_are_entered_each_in_its_way(study: optuna.Study) -> None:
+@pytest.mark.parametrize(
+    ("end", "error"), [(_end_at_once, SystemExit), (_interrupt_twice, KeyboardInterrupt)]
+)
+def test_a_signal_ends_all_that_are_entered_each_in_its_way(
+    study: optuna.Study, end: Callable[[], None], error: type[BaseException]
+) -> None:
     inner_study = optuna.create_study()
 
     def objective(_: optuna.Trial) -> float:
         with graceful_stop(inner_study):
-            inner_study.optimize(lambda _: _end_at_once() or 0.0)  # type: ignore[func-returns-value]
+            inner_study.optimize(lambda _: end() or 0.0)  # type: ignore[func-returns-value]
         return 0.0
 
-    with pytest.raises(SystemExit) as caught, graceful_stop(study, on_abort="requeue"):
+    with pytest.raises(error), graceful_stop(study, on_abort="requeue"):
         study.optimize(objective)
-    assert caught.value.code == 128 + signal.SIGTERM
     assert (_states(study), _states(inner_study)) == (["FAIL", "WAITING"], ["FAIL"])
 
 
