@@ -208,14 +208,18 @@ class GracefulStop:
             return
         with self._recording:
             try:
-                for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                    if trial._trial_id in among:
-                        self._end(trial, requeue and self.on_abort == "requeue")
+                running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             except Exception:
-                _logger.exception(
-                    "Trials of study %r may be left RUNNING: recording failed.",
-                    self.study.study_name,
-                )
+                _logger.exception("Trials may be left RUNNING: the storage does not tell which are.")
+                return
+            for trial in running:
+                if trial._trial_id in among:
+                    try:
+                        self._end(trial, requeue and self.on_abort == "requeue")
+                    except Exception:  # the others still have to be recorded
+                        _logger.exception(
+                            "The end of trial %d was not recorded as it should be.", trial.number
+                        )
 
     def _end(self, trial: FrozenTrial, requeue: bool) -> None:
         try:

@@ -338,15 +338,33 @@ def test_a_trial_that_a_reaper_fails_meanwhile_is_put_back_by_the_reaper_only() 
 
 def test_a_storage_that_fails_does_not_hide_the_signal(caplog: pytest.LogCaptureFixture) -> None:
     class Storage(InMemoryStorage):
-        def set_trial_state_values(self, *args: Any, **kwargs: Any) -> bool:
-            raise OSError("disk full")
+        def set_trial_state_values(self, trial_id: int, *args: Any, **kwargs: Any) -> bool:
+            if self.get_trial(trial_id).number == 0:
+                raise OSError("disk full")
+            return super().set_trial_state_values(trial_id, *args, **kwargs)
 
     study = optuna.create_study(storage=Storage())
     with pytest.raises(SystemExit), graceful_stop(study):
         study.ask()
+        study.ask()
+        _end_at_once()
+    assert "The end of trial 0 was not recorded" in caplog.text
+    assert "disk full" in caplog.text
+    assert _states(study) == ["RUNNING", "FAIL"]
+
+
+def test_a_storage_that_is_gone_does_not_hide_the_signal(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError("host unreachable")
+
+    with pytest.raises(SystemExit), graceful_stop(study):
+        study.ask()
+        monkeypatch.setattr(study._storage, "get_all_trials", gone)
         _end_at_once()
     assert "may be left RUNNING" in caplog.text
-    assert "disk full" in caplog.text
+    assert "host unreachable" in caplog.text
 
 
 def test_a_retried_trial_keeps_its_history(study: optuna.Study) -> None:
