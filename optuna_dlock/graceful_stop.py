@@ -54,7 +54,8 @@ def graceful_stop(
     Args:
         study: The study. Copies of it, such as another process has, are not watched.
         on_abort: What becomes of a trial that a signal ends: "fail", or "requeue", where a new WAITING trial
-            with its parameters and attributes is put into the queue as well.
+            with its parameters and attributes is put into the queue as well. For a sampler that hands out the
+            points of failed trials again by itself, it is "fail".
         abort_after: Seconds that running trials have to come to their end when they are ended. Three seconds
             more may go by until the process exits; a supervisor should wait longer before it sends SIGKILL
             (Docker: 10 s). None: no limit, which a notebook may prefer.

@@ -20,7 +20,7 @@ from typing import Any
 import optuna
 from optuna.storages.journal import JournalFileBackend
 
-from optuna_dlock import RedisLockedStorage, graceful_stop
+from optuna_dlock import RedisLockedStorage, graceful_stop, signal_watch
 
 FOR_EVER = 10**9
 
@@ -96,6 +96,7 @@ def main() -> None:
     say("pid", os.getpid())
     storage = open_storage(*config["storage"])
     study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
+    signal_watch.LAST_WORDS = config["last_words"]
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
     def objective(trial: optuna.Trial) -> float:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from optuna_dlock.signal_watch import SAME
+from optuna_dlock.signal_watch import LAST_WORDS, SAME
 from tests.masters import Masters
 from tests.servers import Server
 from tests.stop_worker import open_storage
@@ -52,6 +53,7 @@ class Program:
             "n_jobs": 1,
             "work": "gate",
             "reraise": False,
+            "last_words": LAST_WORDS,
             **config,
             "options": options,
         }
@@ -148,11 +150,21 @@ def masters() -> Iterator[Masters]:
         yield group
 
 
+@pytest.fixture(scope="module")
+def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables: making them takes longer than most of the tests."""
+    path = tmp_path_factory.mktemp("sqlite") / "empty"
+    open_storage("sqlite", str(path))
+    return path
+
+
 @pytest.fixture
 def storage_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], tuple[str, Any]]:
     """Where a storage of that kind is, with nothing in it."""
 
     def make(kind: str) -> tuple[str, Any]:
+        if kind == "sqlite":
+            shutil.copy(request.getfixturevalue("empty_sqlite"), tmp_path / kind)
         if kind in ("sqlite", "journal"):
             return kind, str(tmp_path / kind)
         if kind == "valkey":
@@ -167,8 +179,8 @@ def storage_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str]
 
 
 StorageOf = Callable[[str], tuple[str, Any]]
-_each_kind_and_n_jobs = pytest.mark.parametrize(
-    ("kind", "n_jobs"), [(kind, n_jobs) for kind in _KINDS for n_jobs in (1, 4)]
+_kinds_and_n_jobs = pytest.mark.parametrize(
+    ("kind", "n_jobs"), [*((kind, 4) for kind in _KINDS), ("memory", 1), ("sqlite", 1), ("masters", 1)]
 )
 
 
@@ -205,7 +217,7 @@ def test_after_reraise_a_shell_sees_the_signal(start: Start, storage_of: Storage
 # -- a second SIGINT, SIGTERM, SIGHUP ----------------------------------------------------------------
 
 
-@_each_kind_and_n_jobs
+@_kinds_and_n_jobs
 def test_sigterm_puts_the_running_trials_back_into_the_queue(
     start: Start, storage_of: StorageOf, kind: str, n_jobs: int
 ) -> None:
@@ -335,7 +347,7 @@ def test_by_default_it_is_over_before_docker_kills(start: Start, storage_of: Sto
 
 def test_a_server_that_is_away_holds_nothing_up(start: Start) -> None:
     with Server("valkey") as server:
-        program = start(("valkey", server.url), work="sleep", options={"abort_after": 0.1})
+        program = start(("valkey", server.url), work="sleep", options={"abort_after": 0.1}, last_words=0.5)
         program.wait_for("running")
         server.pause()
         program.send(signal.SIGTERM)
