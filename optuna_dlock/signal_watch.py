@@ -143,6 +143,19 @@ class SignalWatch:
         if frame is None or frame.f_code not in self._keep_out:
             self.raise_if_aborted()
 
+    @property
+    def signals(self) -> list[int]:
+        """Those that have our handler."""
+        return list(self._before)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: put back the handlers of before, and ignore SIGINT."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._read)
+        os.close(self._write)
+        for signum, handler in self._before.items():
+            signal.signal(signum, signal.SIG_IGN if signum == signal.SIGINT else handler)
+
     # -- the thread ------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -197,15 +210,33 @@ def current_watch() -> SignalWatch | None:
     return _watching
 
 
+class _Masked(threading.local):
+    """What the forking thread blocked before it forked."""
+
+    signals: set[int | signal.Signals] | None = None
+
+
+_masked = _Masked()
+
+
+def _before_fork() -> None:
+    # Until the child has let go of the descriptor, a signal that reaches it would be told to the parent.
+    if _watching is not None:
+        _masked.signals = signal.pthread_sigmask(signal.SIG_BLOCK, _watching.signals)
+
+
 def _after_fork() -> None:
+    if _masked.signals is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _masked.signals)
+        _masked.signals = None
+
+
+def _after_fork_in_child() -> None:
     global _watching
     watch, _watching = _watching, None
     if watch is not None:
-        signal.set_wakeup_fd(-1)
-        os.close(watch._read)
-        os.close(watch._write)
-        for signum, handler in watch._before.items():
-            signal.signal(signum, signal.SIG_IGN if signum == signal.SIGINT else handler)
+        watch.leave_to_parent()
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

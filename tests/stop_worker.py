@@ -5,11 +5,22 @@ It tells on stdout what it does, a line at a time. A trial at a gate ends when i
 
 from __future__ import annotations
 
+import os
+
+
+def _is_forked() -> None:
+    os.write(1, b"child %d\n" % os.getpid())
+    os.read(0, 1)
+
+
+if __name__ == "__main__":
+    # What is registered first runs first: so the child waits before optuna_dlock has seen to its signals.
+    os.register_at_fork(after_in_child=_is_forked)
+
 import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -71,9 +82,8 @@ def _c_code() -> None:
 def _forked() -> None:
     """As a data loader: a child that a Ctrl-C of the whole group reaches, and that is told to end."""
     _ours, theirs = multiprocessing.get_context("fork").Pipe()
-    child = multiprocessing.get_context("fork").Process(target=theirs.recv)
+    child = multiprocessing.get_context("fork").Process(target=theirs.recv, daemon=True)
     child.start()
-    say("child", child.pid)
     _gate()
     alive = child.is_alive()
     child.terminate()
