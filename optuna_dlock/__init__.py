@@ -28,8 +28,10 @@ from optuna_dlock.errors import (
     TrialTakenError,
     UnsupportedStorageError,
 )
+from optuna_dlock.graceful_stop import graceful_stop
 from optuna_dlock.grid_sampler import ClusterGridSampler
 from optuna_dlock.skipping import claim_or_skip, skip_duplicates
+from optuna_dlock.step_range import step_range
 from optuna_dlock.storage import RedisLockedStorage
 from optuna_dlock.twins import claim_finished, claim_params
 from optuna_dlock.worker import Worker
@@ -47,6 +49,8 @@ __all__ = [
     "claim_finished",
     "Duplicate",
     "Worker",
+    "graceful_stop",
+    "step_range",
     "DLockError",
     "AccessDeniedError",
     "ClaimError",

@@ -31,8 +31,11 @@ LAYERS = {
     "facade": {
         "__init__",
         "budget",
+        "graceful_stop",
         "grid_sampler",
+        "signal_watch",
         "skipping",
+        "step_range",
         "storage",
         "twins",
     },
