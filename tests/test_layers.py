@@ -13,7 +13,11 @@ import optuna_dlock
 PACKAGE = Path(optuna_dlock.__file__).parent
 # From the top to the ground.
 LAYERS = {
-    "tools": {"cli", "demo", "demo_view", "demo_worker", "audit", "doctor"},
+    "tools": {
+        *("cli", "demo", "demo_view", "demo_worker", "audit", "doctor"),
+        *("report", "report_source", "open_storage", "report_view", "report_plots", "report_html"),
+        *("report_run", "watch"),
+    },
     "facade": {"__init__", "storage"},
     "state": {"studies", "trials", "trial_reads", "cache", "live_trial"},
     "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
