@@ -18,14 +18,17 @@ from optuna_dlock.errors import (
     StudyExistsError,
     StudyNotFoundError,
     TrialNotFoundError,
+    TrialTakenError,
 )
 from optuna_dlock.storage import RedisLockedStorage
+from optuna_dlock.worker import Worker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RedisLockedStorage",
     "DistributedLock",
+    "Worker",
     "DLockError",
     "AccessDeniedError",
     "CorruptRecordError",
@@ -42,4 +45,5 @@ __all__ = [
     "StudyExistsError",
     "StudyNotFoundError",
     "TrialNotFoundError",
+    "TrialTakenError",
 ]

@@ -111,6 +111,13 @@ class FinishedTrialError(DLockError, UpdateFinishedTrialError):
     trial_id: int
 
 
+class TrialTakenError(FinishedTrialError):
+    """Another worker took this trial over, and runs it now or put it in the queue. Field: `trial_id`.
+
+    For whoever ran it, it is as if it had finished: nothing that is written to it counts any more.
+    """
+
+
 class IncompatibleDistributionError(DLockError, ValueError):
     """A parameter has another kind of distribution in this study. Field: `param_name`."""
 

@@ -50,6 +50,10 @@ class StudyKeys:
         self.waiting = base + "waiting"  # sorted set: numbers of WAITING trials
         self.offers = base + "offers"  # hash: number -> client the head of the queue was shown to
         self.heartbeats = base + "heartbeats"  # sorted set: number, scored by server time in ms
+        self.workers = base + "workers"  # hash: description of a worker -> its index (1, 2, ...)
+        self.ran_by = (
+            base + "ranby"
+        )  # list: by number, the index of the worker that runs or ran it; 0: nobody
         self.dists = base + "dists"  # list: distribution by id, as JSON [name, distribution]
         self.dist_ids = base + "distids"  # hash: the same JSON -> id
         self.claims = base + "claims"  # hash: parameter name -> kind of distribution it must keep

@@ -413,6 +413,7 @@ _TYPES = {
     "fence": "string",
     "queue": "list",
     "sections": "list",
+    "ranby": "list",
 }
 
 

@@ -20,6 +20,7 @@ FOREIGN = -8
 NOT_WAITING = -9
 NOT_HELD = -10
 STALE = -11
+TAKEN = -15
 # With several masters, what stands around the reply of a section:
 NO_DATA = -20
 STALE_BALLOT = -21
@@ -62,8 +63,9 @@ SECTIONS = (
     *("create_study", "create_trial", "define_param", "delete_study", "finish_trial", "move_trial"),
     *("next_study_id", "set_study_attr", "set_trial_field", "sweep_study"),
     *("confirm_state", "drop_lease", "renew_lease", "take_lease"),
+    "take_back_trial",
 )
-READS = ("get_changes", "get_stale_trials", "get_study_attrs", "get_trial", "read_key")
+READS = ("get_changes", "get_stale_trials", "get_study_attrs", "get_trial", "get_workers", "read_key")
 HINTS = ("record_heartbeat",)
 _BODY = "-- body\n"
 

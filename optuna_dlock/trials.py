@@ -21,14 +21,27 @@ from optuna_dlock.ensemble import AnyNode
 from optuna_dlock.errors import (
     DLockError,
     IncompatibleDistributionError,
+    TrialTakenError,
 )
 from optuna_dlock.keys import StudyKeys
 from optuna_dlock.live_trial import PARAM, STEP, SYSTEM_ATTR, USER_ATTR, LiveTrial
 from optuna_dlock.node import Post
-from optuna_dlock.scripts import BEHIND, FINISHED, INCOMPATIBLE, NO_STUDY, NO_TRIAL, NOT_WAITING, OK, script
+from optuna_dlock.scripts import (
+    BEHIND,
+    FINISHED,
+    INCOMPATIBLE,
+    NO_STUDY,
+    NO_TRIAL,
+    NOT_WAITING,
+    OK,
+    TAKEN,
+    script,
+)
 from optuna_dlock.section import Section
 from optuna_dlock.trial_reads import TrialReader
+from optuna_dlock.worker import WorkerProcess
 
+NOBODY = 0  # in place of a worker's index
 _WITH_CREATION = 16  # finished trials that the reply to a creation brings along at most
 
 
@@ -36,7 +49,8 @@ class StudyTrials(TrialReader):
     """The trials of one study, as one process works with them.
 
     Args:
-        client: Names this process to the server, which remembers its last operation (G6).
+        me: This process, whose client name the server remembers with its last operation (G6).
+        heartbeats: Whether the trials that this process runs have heartbeats.
         section: The critical sections of the study.
         gone: Makes the error for a study that is not there any more.
         deferred: Whether writes to a trial that this process runs return before the server answered.
@@ -47,12 +61,15 @@ class StudyTrials(TrialReader):
         node: AnyNode,
         keys: StudyKeys,
         cache: StudyCache,
-        client: str,
+        me: WorkerProcess,
+        heartbeats: bool,
         section: Section,
         gone: Callable[[], DLockError],
         deferred: bool,
     ) -> None:
-        super().__init__(node, keys, cache, client, gone)
+        super().__init__(node, keys, cache, me.client, gone)
+        self._me: bytes | int = me.describe()  # until the study has told its index
+        self._heartbeats = int(heartbeats)
         self._section = section
         self._deferred = deferred
         self._lost_race = -1  # after how many round trips a claim last failed
@@ -75,12 +92,17 @@ class StudyTrials(TrialReader):
             [
                 *(keys.meta, self._section.key(), keys.ops, keys.live, keys.log),
                 *(keys.waiting, keys.finished, keys.order),
+                *(keys.ran_by, keys.workers, keys.heartbeats),
             ],
-            [record, self._client, self._node.next_sequence(), cache.order_read, _WITH_CREATION],
+            [
+                *(record, self._client, self._node.next_sequence(), cache.order_read, _WITH_CREATION),
+                *(self._me if state is TrialState.RUNNING else NOBODY, self._heartbeats),
+            ],
         )
         if reply[0] == NO_STUDY:
             raise self._gone()
-        _, number, length, numbers, records = reply
+        _, number, length, numbers, records, worker = reply
+        self._me = worker or self._me
         self._saw(number + 1, length)
         if numbers:
             cache.add_records([int(n) for n in numbers], records)
@@ -173,6 +195,8 @@ class StudyTrials(TrialReader):
         self._mark_stale(trial)  # somebody else wrote too, or the trial is not unfinished any more
         if isinstance(reply, Exception):
             trial.refusal = reply
+        elif reply == TAKEN:
+            trial.refusal = self._taken_error(trial)
 
     def _writable(self, number: int) -> LiveTrial:
         trial = self._cache.live.get(number)
@@ -270,6 +294,10 @@ class StudyTrials(TrialReader):
                 self._mark_stale(trial)
                 self._lose_race()
                 return False
+            if reply[0] == TAKEN:
+                self._mark_stale(trial)
+                trial.refusal = None  # it says the same
+                raise self._taken_error(trial)
             if reply[0] == FINISHED:
                 self._cache.forget_live(number)
                 if state is TrialState.RUNNING:
@@ -303,7 +331,7 @@ class StudyTrials(TrialReader):
                 *(keys.live, self._section.key(), keys.trial(number), keys.finished, keys.order),
                 *(keys.waiting, keys.heartbeats, keys.log, keys.meta),
             ],
-            [number, trial.version, record],
+            [number, trial.version, record, self._client],
         )
         if reply[0] == OK:
             self._cache.add_finished(trial.finished(state, values, now))
@@ -330,11 +358,15 @@ class StudyTrials(TrialReader):
             script("move_trial"),
             [
                 *(keys.live, self._section.key(), keys.trial(number), keys.log, keys.meta),
-                *(keys.waiting, keys.offers, keys.heartbeats, keys.finished),
+                *(keys.waiting, keys.offers, keys.heartbeats, keys.finished, keys.ran_by, keys.workers),
             ],
-            [number, trial.version, record],
+            [
+                *(number, trial.version, record, self._client),
+                *(self._me if claim else NOBODY, self._heartbeats),
+            ],
         )
         if reply[0] == OK:
+            self._me = reply[2] or self._me
             # A retry finds what others wrote after the first try: the record lacks it (G2).
             if reply[1] != trial.version + 1:
                 self._mark_stale(trial)
@@ -344,11 +376,12 @@ class StudyTrials(TrialReader):
             self._cache.add_live(trial)
         return reply
 
-    # -- heartbeats --------------------------------------------------------------------------------
-
-    def record_heartbeat(self, number: int) -> None:
-        """Tell the server that the worker of a trial lives."""
-        self._node.run(script("record_heartbeat"), [self._keys.live, self._keys.heartbeats], [number])
+    def _taken_error(self, trial: LiveTrial) -> TrialTakenError:
+        trial.owned = False
+        return TrialTakenError(
+            f"trial {trial.number} of study {self._cache.study_id} was taken over by another worker",
+            trial_id=trial.trial_id,
+        )
 
 
 def _as_stored(value: Any, text: str) -> Any:

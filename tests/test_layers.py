@@ -19,13 +19,13 @@ LAYERS = {
         *("report_run", "watch"),
     },
     "facade": {"__init__", "storage"},
-    "state": {"studies", "trials", "trial_reads", "cache", "live_trial"},
+    "state": {"studies", "trials", "trial_reads", "cache", "live_trial", "runners", "heartbeats"},
     "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
     "server": {
         *("node", "channel", "scripts", "server", "embedded", "supervisor"),
         *("ensemble", "master", "repair"),
     },
-    "ground": {"errors", "keys", "codec", "distributions", "url", "retry", "quorum"},
+    "ground": {"errors", "keys", "codec", "distributions", "url", "retry", "quorum", "worker"},
 }
 HEIGHT = {module: len(LAYERS) - at for at, (_, modules) in enumerate(LAYERS.items()) for module in modules}
 FILES = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -1,8 +1,9 @@
 -- finish_trial: move an unfinished trial to a finished state, once (G3).
 -- KEYS[1] live (hash)  KEYS[2] section lock  KEYS[3] trial (hash)  KEYS[4] finished (hash)  KEYS[5] order (list)
 -- KEYS[6] waiting (sorted set)  KEYS[7] heartbeats (sorted set)  KEYS[8] log (list)  KEYS[9] meta (hash)
--- ARGV[1] number  ARGV[2] version the record was made from  ARGV[3] record
+-- ARGV[1] number  ARGV[2] version the record was made from  ARGV[3] record  ARGV[4] client
 -- Returns {0, length of order} | {-2} NO_TRIAL | {-3} FINISHED | {-4} BEHIND | {-5} BUSY
+--   | {-15} TAKEN (the client ran it, and another worker took it over)
 -- Retry-safe: the record holds a token of its call; the same record again gets {0}.
 -- include busy
 local old = redis.call('HGET', KEYS[1], ARGV[1])
@@ -18,7 +19,10 @@ end
 if busy(KEYS[2]) then
   return {-5}
 end
-if (redis.call('HGET', KEYS[3], '.v') or '0') ~= ARGV[2] then
+local head = redis.call('HMGET', KEYS[3], '.v', '.q' .. ARGV[4])
+if head[2] == 'x' then
+  return {-15}
+elseif (head[1] or '0') ~= ARGV[2] then
   return {-4}
 end
 redis.call('HSET', KEYS[4], ARGV[1], ARGV[3])

@@ -1,11 +1,17 @@
 -- move_trial: move an unfinished trial to RUNNING (claim it, G4) or WAITING.
 -- KEYS[1] live (hash)  KEYS[2] section lock  KEYS[3] trial (hash)  KEYS[4] log (list)  KEYS[5] meta (hash)
 -- KEYS[6] waiting (sorted set)  KEYS[7] offers (hash)  KEYS[8] heartbeats (sorted set)  KEYS[9] finished (hash)
--- ARGV[1] number  ARGV[2] version the record was made from  ARGV[3] record
--- Returns {0, version} | {-2} NO_TRIAL | {-3} FINISHED | {-4} BEHIND | {-5} BUSY | {-9} NOT_WAITING
--- Retry-safe: the record holds a token of its call; the same record again gets {0, version}.
+-- KEYS[10] ran by (list)  KEYS[11] workers (hash)
+-- ARGV[1] number  ARGV[2] version the record was made from  ARGV[3] record  ARGV[4] client
+-- ARGV[5] worker that claims it: index or description, 0 for nobody  ARGV[6] 1 if that one sends heartbeats, else 0
+-- Returns {0, version, index of the worker} | {-2} NO_TRIAL | {-3} FINISHED | {-4} BEHIND | {-5} BUSY
+--   | {-9} NOT_WAITING | {-15} TAKEN (the client ran it, and another worker took it over)
+-- Retry-safe: the record holds a token of its call; the same record again gets {0, version, index of the worker}.
 -- include busy
 -- include log_change
+-- include note_runner
+-- include replace_record
+-- include worker_index
 local old = redis.call('HGET', KEYS[1], ARGV[1])
 if not old then
   if redis.call('HEXISTS', KEYS[9], ARGV[1]) == 1 then
@@ -15,11 +21,14 @@ if not old then
 end
 local version = redis.call('HGET', KEYS[3], '.v') or '0'
 if old == ARGV[3] then
-  return {0, tonumber(version)}
+  return {0, tonumber(version), worker_index(KEYS[11], ARGV[5])}
 end
 local state = string.byte(ARGV[3], 2)
 if state == 0 and string.byte(old, 2) ~= 4 then
   return {-9}
+end
+if state == 4 and redis.call('HGET', KEYS[3], '.q' .. ARGV[4]) == 'x' then
+  return {-15}
 end
 if busy(KEYS[2]) then
   return {-5}
@@ -28,14 +37,9 @@ if version ~= ARGV[2] then
   return {-4}
 end
 version = tonumber(version) + 1
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
--- What was written before is part of the record now; what tells repeats of earlier writes stays.
-local fields = redis.call('HKEYS', KEYS[3])
-for i = 1, #fields do
-  if string.sub(fields[i], 1, 2) ~= '.q' then
-    redis.call('HDEL', KEYS[3], fields[i])
-  end
-end
+replace_record(KEYS[1], KEYS[3], ARGV[1], ARGV[3], ARGV[4])
+local worker = worker_index(KEYS[11], ARGV[5])
+note_runner(KEYS[10], tonumber(ARGV[1]), worker)
 redis.call('HSET', KEYS[3], '.v', version)
 log_change(KEYS[4], KEYS[5], ARGV[1], version, '.b', ARGV[3])
 redis.call('HDEL', KEYS[7], ARGV[1])
@@ -44,5 +48,8 @@ if state == 4 then
   redis.call('ZREM', KEYS[8], ARGV[1])
 else
   redis.call('ZREM', KEYS[6], ARGV[1])
+  if ARGV[6] == '1' then
+    redis.call('ZADD', KEYS[8], 0, ARGV[1])
+  end
 end
-return {0, version}
+return {0, version, worker}

@@ -1,12 +1,17 @@
--- record_heartbeat: note that the worker of a RUNNING trial lives, by the server's clock.
--- KEYS[1] live (hash)  KEYS[2] heartbeats (sorted set)
--- ARGV[1] number
--- Returns {0} | {-2} NO_TRIAL (none that runs)
+-- record_heartbeat: note that the worker of RUNNING trials lives, by the server's clock.
+-- KEYS[1] live (hash)  KEYS[2] heartbeats (sorted set)  KEYS[3] ran by (list)
+-- ARGV[1] index of the worker that they must be run by, 0 for any  ARGV[2..] numbers
+-- Returns {0, how many of them run}
 -- Retry-safe: a later heartbeat is as good.
-local record = redis.call('HGET', KEYS[1], ARGV[1])
-if not record or string.byte(record, 2) ~= 0 then
-  return {-2}
+local time = redis.call('TIME')
+local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+local count = 0
+for i = 2, #ARGV do
+  local record = redis.call('HGET', KEYS[1], ARGV[i])
+  if record and string.byte(record, 2) == 0
+      and (ARGV[1] == '0' or redis.call('LINDEX', KEYS[3], ARGV[i]) == ARGV[1]) then
+    redis.call('ZADD', KEYS[2], now, ARGV[i])
+    count = count + 1
+  end
 end
-local now = redis.call('TIME')
-redis.call('ZADD', KEYS[2], string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)), ARGV[1])
-return {0}
+return {0, count}

@@ -2,6 +2,7 @@
 -- KEYS[1] trial (hash)  KEYS[2] log (list)  KEYS[3] meta (hash)  KEYS[4] live (hash)
 -- ARGV[1] number  ARGV[2] client  ARGV[3] field  ARGV[4] value  ARGV[5] sequence number
 -- Returns the trial's new version (1, 2, ...) | -2 NO_TRIAL (none that is unfinished)
+--   | -15 TAKEN (the client ran it, and another worker took it over)
 -- Retry-safe: a sequence number that is not above the client's last one for this trial changes nothing.
 -- include log_change
 local seen = '.q' .. ARGV[2]
@@ -19,6 +20,8 @@ if not version then
     redis.call('HSET', KEYS[4], ARGV[1], string.char(string.byte(record, 1) + 128) .. string.sub(record, 2))
   end
   version = 0
+elseif head[2] == 'x' then
+  return -15
 elseif head[2] and tonumber(head[2]) >= tonumber(ARGV[5]) then
   return version
 end
