@@ -220,6 +220,11 @@ class StudyStatistics:
         self._waiting = 0
         self._complete = 0
 
+    @property
+    def first_open(self) -> int:
+        """The lowest number of a trial that had not ended, or was not there, at the last update."""
+        return self._open[0] if self._open else self._read
+
     def update(
         self,
         trials: Sequence[FrozenTrial],
@@ -230,7 +235,7 @@ class StudyStatistics:
 
         Args:
             trials: All of them, the one with number n at index n.
-            workers: Who ran them, by number, as far as the storage knows.
+            workers: Who ran those from `first_open` on, by number, as far as the storage knows.
             duplicates: Numbers of skipped trials, besides those whose user attribute HOST says so.
         """
         workers = workers or {}

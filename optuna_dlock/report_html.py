@@ -7,14 +7,8 @@ from html import escape
 from importlib.resources import files
 
 from optuna_dlock.report import StudyReport, StudyStatistics
-from optuna_dlock.report_plots import (
-    Element,
-    best_plot,
-    duration_plot,
-    pareto_plot,
-    svg_text,
-    throughput_plot,
-)
+from optuna_dlock.report_plots import best_plot, duration_plot, pareto_plot, throughput_plot
+from optuna_dlock.report_svg import Element, svg_text
 from optuna_dlock.report_view import Report, Words, cells, columns, number, percent, value
 
 
@@ -113,7 +107,7 @@ def _plots(study: StudyReport, kept: StudyStatistics, words: Words) -> list[tupl
     plots += [
         (title, best_plot(kept.results, at, kept.directions[at], title)) for at, title in enumerate(titles)
     ]
-    title = words("throughput")
+    title = words("throughput over time")
     plots.append((title, throughput_plot(hosts, title, words("per minute"))))
     title = words("duration")
     plots.append((title, duration_plot(hosts, title)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+import contextlib
+import gc
+from collections.abc import Callable, Container, Iterator, Mapping
 from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,6 +50,10 @@ class ReportSource:
         Raises:
             StudyNotFoundError: If there are studies, but none has a name that matches.
         """
+        with _without_collector():
+            return self._refresh(datetime.now() if now is None else now)
+
+    def _refresh(self, now: datetime) -> list[StudyReport]:
         studies = sorted(
             ((study._study_id, study) for study in self._call(self._storage.get_all_studies)),
             key=lambda entry: entry[0],
@@ -63,27 +69,29 @@ class ReportSource:
             raise StudyNotFoundError(
                 f"no study of {self.database} matches {self._pattern!r}; there are {', '.join(names)}{more}"
             )
-        known, self.statistics = self.statistics, {}
+        found: dict[int, StudyStatistics] = {}
         for number, study_id, study in reversed(wanted):
-            statistics = known.get(study_id) or StudyStatistics(number, study.study_name, study.directions)
+            statistics = self.statistics.get(study_id) or StudyStatistics(
+                number, study.study_name, study.directions
+            )
             statistics.number = number
             try:
                 self._update(statistics, study_id)
             except KeyError:
                 continue  # deleted in between
-            self.statistics[study_id] = statistics
-        now = datetime.now() if now is None else now
+            found[study_id] = statistics
+        self.statistics = found
         return [statistics.report(now, self.window) for statistics in self.statistics.values()]
 
     def _update(self, statistics: StudyStatistics, study_id: int) -> None:
         storage = self._storage
         trials = self._call(lambda: storage.get_all_trials(study_id, deepcopy=False))
-        # Storages other than ours do not know these.
-        get_workers: Callable[[int], Mapping[int, Worker]] | None = getattr(
+        # Storages other than ours know neither.
+        get_workers: Callable[[int, int], Mapping[int, Worker]] | None = getattr(
             storage, "get_trial_workers", None
         )
         get_duplicates: Callable[[int], Container[int]] | None = getattr(storage, "get_duplicates", None)
-        workers = self._call(lambda: get_workers(study_id)) if get_workers else {}
+        workers = self._call(lambda: get_workers(study_id, statistics.first_open)) if get_workers else {}
         duplicates = self._call(lambda: get_duplicates(study_id)) if get_duplicates else ()
         statistics.update(trials, workers, duplicates)
 
@@ -102,3 +110,15 @@ class ReportSource:
             self._storage.close()
         else:
             self._storage.remove_session()
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """All that is read is kept: to look for garbage in it again and again takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -25,7 +25,9 @@ _WORDS = {
         "took": "took {seconds:.3f} s",
         "no studies": "no studies",
         "throughput": "throughput",
+        "throughput over time": "throughput over time, of all hosts and of each",
         "per minute": "/min",
+        "rate": "per min",
         "recently": "last {span}",
         "idle": "idle",
         "failed": "failed",
@@ -39,14 +41,13 @@ _WORDS = {
         "best": "best",
         "minutes": "{n:g} min",
         "seconds": "{n:g} s",
-        "duration": "duration of a trial",
+        "duration": "duration of a trial (box: middle half, whiskers: 5 to 95 %, bar: median, dot: mean)",
         "best over time": "best value over time",
         "objective": "objective {n}",
         "pareto": "objectives 0 and 1, and their Pareto front",
         "minimize": "minimize",
         "maximize": "maximize",
         "no trials": "no finished trials yet",
-        "all": "all",
     },
     "zh": {
         "database": "数据库",
@@ -55,7 +56,9 @@ _WORDS = {
         "took": "耗时：{seconds:.3f}秒",  # noqa: RUF001
         "no studies": "没有研究",
         "throughput": "吞吐",
+        "throughput over time": "吞吐随时间变化: 全部与各主机",
         "per minute": "/分钟",
+        "rate": "每分钟",
         "recently": "最近{span}",
         "idle": "空闲",
         "failed": "失败",
@@ -69,14 +72,13 @@ _WORDS = {
         "best": "最优",
         "minutes": "{n:g}分钟",
         "seconds": "{n:g}秒",
-        "duration": "单次训练时长",
+        "duration": "单次训练时长 (箱: 中间一半, 须: 5% 至 95%, 竖线: 中位, 圆点: 平均)",
         "best over time": "最优值随时间变化",
         "objective": "目标 {n}",
         "pareto": "目标 0 与 1 及其帕累托前沿",
         "minimize": "最小化",
         "maximize": "最大化",
         "no trials": "尚无完成的试验",
-        "all": "全部",
     },
 }
 LANGUAGES = tuple(_WORDS)
@@ -187,7 +189,7 @@ def columns(study: StudyReport, words: Words, window: float) -> list[str]:
     return [
         *(words("host"), words("workers"), f"{words('mean')} s", f"{words('median')} s", words("finished")),
         *(words("running"), words("pruned"), words("failed"), words("skipped")),
-        *(words("per minute").lstrip("/"), words.recently(window), words("idle")),
+        *(words("rate"), words.recently(window), words("idle")),
     ]
 
 

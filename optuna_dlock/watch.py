@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
+from optuna_dlock.errors import StorageUnavailableError
 from optuna_dlock.report import StudyReport
 from optuna_dlock.report_run import look
 from optuna_dlock.report_source import ReportSource
 from optuna_dlock.report_view import Report, Words, plain, plain_study, tables
+
+# Takes the latest report, and what is wrong now if that is why there is no later one.
+Show = Callable[[Report, "str | None"], None]
 
 
 def watch(
@@ -25,7 +29,7 @@ def watch(
     """Show the studies again and again, until interrupted.
 
     On a terminal with rich, a live table. Elsewhere the first look is printed whole, then each study that
-    changed.
+    changed. A storage that does not answer is asked again, unless it is the first look.
 
     Args:
         source: Where to look.
@@ -36,11 +40,16 @@ def watch(
     """
     is_live = sys.stdout.isatty() and find_spec("rich") is not None
     with _live(lang) if is_live else _lines(lang) as show:
-        while True:
-            show(look(source))
-            if once:
-                return
+        report = look(source)
+        show(report, None)
+        while not once:
             sleep(interval)
+            try:
+                report = look(source)
+                problem = None
+            except StorageUnavailableError as error:
+                problem = " ".join(str(error).split())
+            show(report, problem)
 
 
 def run_watch(
@@ -59,23 +68,31 @@ def run_watch(
 
 
 @contextlib.contextmanager
-def _live(lang: str) -> Iterator[Callable[[Report], None]]:
-    from rich.console import Console
+def _live(lang: str) -> Iterator[Show]:
+    from rich.console import Console, Group
     from rich.live import Live
+    from rich.text import Text
 
     with Live(console=Console(), auto_refresh=False, vertical_overflow="crop") as live:
-        yield lambda report: live.update(tables(report, lang), refresh=True)
+
+        def show(report: Report, problem: str | None) -> None:
+            shown = tables(report, lang)
+            live.update(Group(Text(problem, style="red"), shown) if problem else shown, refresh=True)
+
+        yield show
 
 
 @contextlib.contextmanager
-def _lines(lang: str) -> Iterator[Callable[[Report], None]]:
+def _lines(lang: str) -> Iterator[Show]:
     words = Words(lang)
     last: dict[str, tuple[int, ...]] | None = None
 
-    def show(report: Report) -> None:
+    def show(report: Report, problem: str | None) -> None:
         nonlocal last
         counts = {study.name: _counts(study) for study in report.studies}
-        if last is None:
+        if problem is not None:
+            print("optuna-dlock:", problem, file=sys.stderr, flush=True)
+        elif last is None:
             print(plain(report, lang), flush=True)
         else:
             for study in report.studies:
