@@ -15,9 +15,10 @@ import pytest
 _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 _TIMEOUT = 60.0
 _CONSOLE = re.compile(r":CONSOLE(?::\d+|\(\d+\))\] *(.*)")
-# Runs after the page is drawn and writes what it finds at the end of the page.
+# Runs when the page and all it names are loaded, and writes what it finds at the end of the page.
 _PROBE = """
 <script>
+addEventListener("load", () => {
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
 const found = {
   page: [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor],
@@ -37,6 +38,7 @@ const found = {
 const result = document.createElement("script");
 result.type = "application/json"; result.id = "probe"; result.textContent = JSON.stringify(found);
 document.body.append(result);
+});
 </script>
 """
 
