@@ -249,9 +249,9 @@ def _report(args: argparse.Namespace) -> int:
 
     try:
         run_report(form=form, output=args.output, **_report_options(args))
-    except BrokenPipeError:
+    except (DLockError, BrokenPipeError):  # may be an OSError too
         raise
-    except OSError as error:  # not a DLockError, which may be one too
+    except OSError as error:
         print(f"optuna-dlock: cannot write {args.output}: {error.strerror}", file=sys.stderr)
         return USAGE
     return OK

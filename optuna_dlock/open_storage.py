@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 import redis
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend, JournalStorage
 
 from optuna_dlock.errors import DLockError, InvalidURLError, StorageUnavailableError
-from optuna_dlock.keys import DEFAULT_PREFIX
+from optuna_dlock.keys import DEFAULT_PREFIX, RegistryKeys
+from optuna_dlock.server import Server, server_of_url
 from optuna_dlock.storage import RedisLockedStorage
-from optuna_dlock.url import parse_url, split_url
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -68,19 +70,33 @@ def unavailable(database: str, error: Exception) -> DLockError:
 
 def _open_ours(url: str, timeout: float) -> tuple[str, BaseStorage]:
     try:
-        locations = [parse_url(one) for one in split_url(url)]
+        server = server_of_url(url, None)
     except InvalidURLError as error:
         if ":" in url:
             raise
         raise InvalidURLError(f"there is no file {url!r}; a storage is {FORMS}", url=url) from error
-    folder = locations[0].embedded_path
-    if folder is not None and not os.path.exists(folder):
+    if server.embedded_path is not None and not os.path.exists(server.embedded_path):
         # Opening it would create it.
-        raise InvalidURLError(f"there is no embedded storage at {folder}", url=url)
-    name = ",".join(location.address for location in locations)
-    if locations[0].prefix != DEFAULT_PREFIX:
-        name += f"?prefix={locations[0].prefix}"
+        raise InvalidURLError(f"there is no embedded storage at {server.embedded_path}", url=url)
+    name = server.address + (f"?prefix={server.prefix}" if server.prefix != DEFAULT_PREFIX else "")
+    if server.masters and not _anybody_worked_on(server, timeout):
+        # Opening several masters makes them known to each other, for ever.
+        raise DLockError(f"there are no studies on {name}: nobody has worked there yet")
     return name, RedisLockedStorage(url, timeout=timeout)
+
+
+def _anybody_worked_on(server: Server, timeout: float) -> bool:
+    """Whether a master knows that it is one of several, or none can be asked: the storage says why not."""
+    answers = []
+    for master in server.masters:
+        with redis.Redis.from_url(
+            str(master.redis_url), socket_connect_timeout=timeout, socket_timeout=timeout
+        ) as client:
+            try:
+                answers.append(bool(client.exists(RegistryKeys(server.prefix).members)))
+            except redis.RedisError:
+                continue
+    return any(answers) or not answers
 
 
 def _open_journal_file(path: str) -> tuple[str, BaseStorage]:
@@ -93,7 +109,8 @@ def _open_journal_redis(url: str, redis_url: str) -> tuple[str, BaseStorage]:
     name = url if urlsplit(url).netloc == "" else urlsplit(url)._replace(query="").geturl()
     name = name.replace(urlsplit(url).netloc, urlsplit(url).netloc.rpartition("@")[2], 1)
     try:
-        found = redis.Redis.from_url(redis_url, socket_connect_timeout=3).exists(":log_number")
+        with redis.Redis.from_url(redis_url, socket_connect_timeout=3) as client:
+            found = client.exists(":log_number")
     except (redis.RedisError, ValueError) as error:
         raise unavailable(name, error) from error
     if not found:
@@ -136,6 +153,8 @@ def _read_only(url: URL) -> URL:
 
 def _read(name: str, open_: Callable[[], BaseStorage]) -> BaseStorage:
     try:
-        return open_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # whoever made the storage has seen it
+            return open_()
     except Exception as error:
         raise unavailable(name, error) from error
