@@ -83,9 +83,10 @@ def _figures(study: StudyReport, window: float, words: Words) -> str:
 def _table(study: StudyReport, window: float, words: Words) -> str:
     if not study.hosts:
         return f"<p>{escape(words('no trials'))}</p>"
-    head = "".join(f"<th>{escape(title)}</th>" for title in columns(study, words, window))
+    head = "".join(f"<th>{escape(title)}</th>" for title in columns(words, window).values())
     rows = (
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(host))}</tr>\n" for host in study.hosts
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(host).values())}</tr>\n"
+        for host in study.hosts
     )
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

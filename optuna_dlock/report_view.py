@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from optuna_dlock.report import WINDOW, HostReport, StudyReport
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group
+    from rich.table import Table
 
 # The Chinese words are those of the notes that this layout comes from.
 _WORDS = {
@@ -184,30 +185,76 @@ def summary(study: StudyReport, words: Words, window: float) -> str:
 # -- rich ------------------------------------------------------------------------------------------
 
 
-def columns(study: StudyReport, words: Words, window: float) -> list[str]:
-    """Heads of the columns of a table of hosts."""
-    return [
-        *(words("host"), words("workers"), f"{words('mean')} s", f"{words('median')} s", words("finished")),
-        *(words("running"), words("pruned"), words("failed"), words("skipped")),
-        *(words("rate"), words.recently(window), words("idle")),
-    ]
+def columns(words: Words, window: float) -> dict[str, str]:
+    """Heads of the columns of a table of hosts, by name of the field of `HostReport`."""
+    names = ("workers", "finished", "running", "pruned", "failed", "skipped")
+    return {
+        "host": words("host"),
+        "mean": f"{words('mean')} s",
+        "median": f"{words('median')} s",
+        **{name: words(name) for name in names},
+        "throughput": words("rate"),
+        "recent": words.recently(window),
+        "idle": words("idle"),
+    }
 
 
-def cells(host: HostReport) -> list[str]:
+def cells(host: HostReport) -> dict[str, str]:
     """A row of that table."""
-    return [
-        host.host,
-        "-" if host.workers is None else str(host.workers),
-        *(number(host.mean), number(host.median), str(host.finished)),
-        *(str(host.running), str(host.pruned), str(host.failed), str(host.skipped)),
-        *(number(host.throughput, 1), number(host.recent, 1), percent(host.idle)),
-    ]
+    return {
+        "host": host.host,
+        "mean": number(host.mean),
+        "median": number(host.median),
+        "workers": "-" if host.workers is None else str(host.workers),
+        **{name: str(getattr(host, name)) for name in ("finished", "running", "pruned", "failed", "skipped")},
+        "throughput": number(host.throughput, 1),
+        "recent": number(host.recent, 1),
+        "idle": percent(host.idle),
+    }
+
+
+class _HostTable:
+    """The hosts of a study; columns that say nothing, or for which there is no room, are left out."""
+
+    # The first is the first to go.
+    _LEFT_OUT = (
+        *("recent", "workers", "pruned", "throughput", "skipped", "failed", "running", "idle"),
+        "finished",
+    )
+
+    def __init__(self, study: StudyReport, words: Words, window: float) -> None:
+        self._rows = [cells(host) for host in study.hosts]
+        self._heads = columns(words, window)
+        for name in ("workers", "pruned", "failed", "skipped"):
+            if all(row[name] in ("-", "0") for row in self._rows):
+                del self._heads[name]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        from rich.measure import Measurement
+
+        heads = dict(self._heads)
+        unlimited = options.update(max_width=10_000)
+        for name in self._LEFT_OUT:
+            if Measurement.get(console, unlimited, self._table(heads)).maximum <= options.max_width:
+                break
+            heads.pop(name, None)
+        yield self._table(heads)
+
+    def _table(self, heads: Mapping[str, str]) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name, head in heads.items():
+            table.add_column(head, justify="left" if name == "host" else "right", no_wrap=True)
+        for row in self._rows:
+            table.add_row(*(Text(row[name]) for name in heads))
+        return table
 
 
 def tables(report: Report, lang: str = "en") -> Group:
     """The same as rich tables, one for each study."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     words = Words(lang)
@@ -216,12 +263,8 @@ def tables(report: Report, lang: str = "en") -> Group:
         head = Text.assemble((f"{study.number} {study.name}", "bold cyan"), f"  COMPLETE: {study.complete}")
         if any(best is not None for best in study.best):
             head.append(f"  {words('best')} {', '.join(map(value, study.best))}", style="green")
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for at, title in enumerate(columns(study, words, report.window)):
-            table.add_column(title, justify="right" if at else "left", overflow="fold")
-        for host in study.hosts:
-            table.add_row(*(Text(cell) for cell in cells(host)))
-        shown += [Text(), head, *([table] if study.hosts else []), Text(summary(study, words, report.window))]
+        hosts = [_HostTable(study, words, report.window)] if study.hosts else []
+        shown += [Text(), head, *hosts, Text(summary(study, words, report.window))]
     if not report.studies:
         shown.append(Text(words("no studies")))
     return Group(*shown, Text(words("took", seconds=report.seconds), style="dim"))

@@ -369,7 +369,30 @@ def test_the_table_has_a_row_for_each_host_in_order(lang: str, word: str) -> Non
         line.split()[0] for line in lines if line.split() and line.split()[0] in ("m8", "M10", "bric", "m4")
     ]
     assert order == ["m8", "M10", "bric", "m4"]
-    assert any(line.split()[:6] == ["m8", "-", "2.01", "2.01", "2", "2"] for line in lines)
+    assert any(line.split()[:6] == ["m8", "2.01", "2.01", "2", "2", "0"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("width", "last", "gone"),
+    [(40, "median s", "finished"), (60, "idle", "failed"), (80, "idle", "per min"), (120, "idle", None)],
+)
+def test_a_table_gives_up_columns_rather_than_digits(width: int, last: str, gone: str | None) -> None:
+    from rich.console import Console
+
+    trials = _trials(*(_done(f"gpu-node-{n:02d}.cluster", 0, 1 + n) for n in range(3)))
+    trials += [_trial(3, ("m8", FAIL, 0.0, 1.0, None)), _trial(4, ("m8", PRUNED, 0.0, 1.0, None))]
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(tables(Report("db", [_statistics(trials).report(NOON)], 0.0, NOON)))
+    rows = [line.split() for line in capture.get().splitlines() if line.startswith("gpu")]
+    assert [row[:3] for row in rows] == [
+        [f"gpu-node-{n:02d}.cluster", f"{1 + n}.00", f"{1 + n}.00"] for n in range(3)
+    ]
+    heads = capture.get().splitlines()[3]
+    assert heads.rstrip().endswith(last)
+    assert "…" not in heads
+    assert gone is None or gone not in heads
+    assert gone is not None or "last 10 min" in heads
 
 
 def test_a_name_with_markup_is_shown_as_it_is() -> None:
