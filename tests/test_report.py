@@ -374,7 +374,7 @@ def test_the_table_has_a_row_for_each_host_in_order(lang: str, word: str) -> Non
 
 @pytest.mark.parametrize(
     ("width", "last", "gone"),
-    [(40, "median s", "finished"), (60, "idle", "failed"), (80, "idle", "per min"), (120, "idle", None)],
+    [(40, "median s", "finished"), (60, "idle", "failed"), (80, "idle", "pruned"), (120, "idle", None)],
 )
 def test_a_table_gives_up_columns_rather_than_digits(width: int, last: str, gone: str | None) -> None:
     from rich.console import Console
