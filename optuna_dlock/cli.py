@@ -9,18 +9,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from optuna_dlock import __version__
+from optuna_dlock import __version__, cli_completion, cli_locks, cli_report, cli_studies, cli_trials
 from optuna_dlock.errors import DLockError, InvalidURLError
 from optuna_dlock.url import parse_url
 
 OK, FAILED, USAGE = 0, 1, 2
 # A tool that somebody waits for gives up sooner than a worker does.
 _TIMEOUT = 3.0
-_FORMATS = ("table", "plain", "json", "csv", "html")
 
 _URL_HELP = "redis://host:6379/0, rediss://…, valkey://…, keydb://…, unix:///path/to.sock or embedded:PATH"
 _DEMO_EXAMPLES = """\
@@ -45,22 +45,6 @@ examples:
 
 It changes nothing on the servers and shows no password.
 Exit codes: 0 nothing failed (there may be warnings), 1 something did, 2 a URL is wrong."""
-
-_REPORT_EXAMPLES = """\
-examples:
-  optuna-dlock report redis://localhost:6379/0
-  optuna-dlock report keydb://m8:6373,m10:6374/0 --study 'P2c_*' --lang zh
-  optuna-dlock report sqlite:///study.db --format html --output report.html
-  optuna-dlock report journal.log --json
-
-Exit codes: 0 all well (there may be no study), 2 it could not look or no study matches."""
-_WATCH_EXAMPLES = """\
-examples:
-  optuna-dlock watch redis://localhost:6379/0
-  optuna-dlock watch redis://localhost:6379/0 --study 'P2c_*' --interval 10
-  optuna-dlock watch redis://localhost:6379/0 --once | tail
-
-Exit codes: 0 with --once, 2 it could not look or no study matches, 130 ended by Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,36 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         "urls", metavar="URL", nargs="+", help=f"{_URL_HELP}; or several hosts, h1:6379,h2:6379"
     )
     doctor.add_argument("--json", action="store_true", help="print JSON, one object")
-    report = _command(commands, "report", "how fast each host is, by study", _REPORT_EXAMPLES, _report)
-    _add_report_options(report)
-    report.add_argument("--format", choices=_FORMATS, help="default: table on a terminal, else plain")
-    report.add_argument("--json", action="store_true", help="the same as --format json")
-    report.add_argument("--output", metavar="FILE", help="write to this file (default: standard output)")
-    watch = _command(commands, "watch", "the report, live", _WATCH_EXAMPLES, _watch)
-    _add_report_options(watch)
-    watch.add_argument(
-        "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (default: 2)"
-    )
-    watch.add_argument("--once", action="store_true", help="look once, for scripts")
+    add_command = partial(_command, commands)
+    for module in (cli_studies, cli_trials, cli_locks, cli_report):
+        module.add_to(add_command)
+    cli_completion.add_to(add_command, _parser)
     return parser
-
-
-def _add_report_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "url",
-        metavar="URL",
-        help=f"{_URL_HELP}; or any Optuna storage: sqlite:///file.db, mysql://…, postgresql://…, "
-        "the path of a journal file, journal+redis://host:6379/0",
-    )
-    parser.add_argument("--study", metavar="GLOB", help="only studies with such a name (default: all)")
-    parser.add_argument("--lang", choices=("en", "zh"), default="en", help="language (default: en)")
-    parser.add_argument(
-        "--window",
-        type=_seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="of the recent throughput (default: 600)",
-    )
 
 
 def _command(
@@ -179,16 +138,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -238,40 +187,6 @@ def _doctor(args: argparse.Namespace) -> int:
     report = examine(args.urls, _TIMEOUT)
     print(report_json(report) if args.json else report_text(report))
     return OK if report.ok else FAILED
-
-
-def _report(args: argparse.Namespace) -> int:
-    form = "json" if args.json else args.format
-    if form == "table" and find_spec("rich") is None:
-        print('optuna-dlock: a table needs more: pip install "optuna-dlock[report]"', file=sys.stderr)
-        return USAGE
-    from optuna_dlock.report_run import run_report
-
-    try:
-        run_report(form=form, output=args.output, **_report_options(args))
-    except (DLockError, BrokenPipeError):  # may be an OSError too
-        raise
-    except OSError as error:
-        print(f"optuna-dlock: cannot write {args.output}: {error.strerror}", file=sys.stderr)
-        return USAGE
-    return OK
-
-
-def _watch(args: argparse.Namespace) -> int:
-    from optuna_dlock.watch import run_watch
-
-    run_watch(interval=args.interval, once=args.once, **_report_options(args))
-    return OK
-
-
-def _report_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "url": args.url,
-        "pattern": args.study,
-        "lang": args.lang,
-        "window": args.window,
-        "timeout": _TIMEOUT,
-    }
 
 
 def _table(found: list[dict[str, Any]]) -> str:

@@ -129,3 +129,20 @@ def lock_keys(prefix: str, name: str) -> LockKeys:
     if kind == "study" and study_id.isdecimal():
         return LockKeys(StudyKeys(prefix, int(study_id)).lock)
     return LockKeys(f"{prefix}:{{lock:{name}}}:lock")
+
+
+def lock_pattern(prefix: str) -> str:
+    """A pattern for SCAN that the keys of all held locks match; `lock_name` tells them from others."""
+    escaped = "".join(f"[{c}]" if c in "*?[]\\" else c for c in prefix)
+    return escaped + ":{*}:lock"
+
+
+def lock_name(prefix: str, key: str) -> str | None:
+    """The name of the lock whose holder stands under a key; None if it is another key."""
+    start, end = prefix + ":{", "}:lock"
+    if not key.startswith(start) or not key.endswith(end):
+        return None
+    tag = key[len(start) : -len(end)]
+    if tag.isdecimal():
+        return f"study:{tag}"
+    return tag.removeprefix("lock:") if tag.startswith("lock:") else None

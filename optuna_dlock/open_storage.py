@@ -106,8 +106,8 @@ def _open_journal_file(path: str) -> tuple[str, BaseStorage]:
 
 
 def _open_journal_redis(url: str, redis_url: str) -> tuple[str, BaseStorage]:
-    name = url if urlsplit(url).netloc == "" else urlsplit(url)._replace(query="").geturl()
-    name = name.replace(urlsplit(url).netloc, urlsplit(url).netloc.rpartition("@")[2], 1)
+    parts = urlsplit(url)
+    name = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
     try:
         with redis.Redis.from_url(redis_url, socket_connect_timeout=3) as client:
             found = client.exists(":log_number")

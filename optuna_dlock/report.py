@@ -6,11 +6,11 @@ Definitions (times are those of `datetime_start` and `datetime_complete`, by the
 - *finished*: COMPLETE and not skipped. Mean and median duration are those of finished trials.
 - *throughput*: trials that ended COMPLETE or PRUNED and not skipped, per minute; from the first start to the
   last end of the host (or study), and over the last `window` seconds before now.
-- *idle share*: 1 - busy / available, over ended trials of any state. A worker is available from its first
-  start to its last end, once for each trial it had under way at the same time at most (`n_jobs`). So the gap
-  between two trials of a process is idle, and the gap between a process and its successor is not. Where the
-  storage does not know the workers, a host counts as one worker. A RUNNING trial counts once it has ended:
-  that of a killed worker never does.
+- *idle share*: 1 - busy / available, over ended trials of any state. A worker is busy with a trial that it
+  does not skip: to wait for the twin is not work. It is available from its first start to its last end, once
+  for each trial it had under way at the same time at most (`n_jobs`). So the gap between two trials of a
+  process is idle, and the gap between a process and its successor is not. Where the storage does not know the
+  workers, a host counts as one. A RUNNING trial counts once it has ended: that of a killed worker never does.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class _Usage:
     spans: list[tuple[float, float]] = field(default_factory=list)
     fresh: list[tuple[float, float]] = field(default_factory=list)
 
-    def add(self, start: float, end: float) -> None:
-        self.busy += end - start
+    def add(self, start: float, end: float, busy: bool) -> None:
+        self.busy += end - start if busy else 0.0
         self.first = min(self.first, start)
         self.last = max(self.last, end)
         self.fresh.append((end, start))
@@ -188,7 +188,7 @@ class HostStatistics:
         usage = self.usage.get(worker)
         if usage is None:
             usage = self.usage[worker] = _Usage()
-        usage.add(start, end)
+        usage.add(start, end, not skipped)
 
     def settle(self) -> None:
         """Put what was added in order; to sort a list that is nearly in order takes one pass."""

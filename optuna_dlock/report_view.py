@@ -137,6 +137,11 @@ def value(best: float | None) -> str:
     return "-" if best is None else f"{best:.6g}"
 
 
+def printable(name: str) -> str:
+    """A name that cannot drive the terminal: names are whatever their users chose."""
+    return name if name.isprintable() else repr(name)
+
+
 # -- plain -----------------------------------------------------------------------------------------
 
 
@@ -154,12 +159,13 @@ def plain(report: Report, lang: str = "en") -> str:
 
 def plain_study(study: StudyReport, words: Words, window: float) -> list[str]:
     """The lines of one study."""
-    width = max([_NAME_WIDTH, *(len(host.host) + 2 for host in study.hosts)])
-    lines = [f"{study.number} {study.name}", f"COMPLETE: {study.complete}"]
-    for host in study.hosts:
+    names = [printable(host.host) for host in study.hosts]
+    width = max([_NAME_WIDTH, *(len(name) + 2 for name in names)])
+    lines = [f"{study.number} {printable(study.name)}", f"COMPLETE: {study.complete}"]
+    for name, host in zip(names, study.hosts, strict=True):
         counts = f"{host.finished}|{host.running}" if host.running else f"{host.finished}"
         lines.append(
-            f"{host.host + ':':<{width}}{words('mean')} = {number(host.mean)}, "
+            f"{name + ':':<{width}}{words('mean')} = {number(host.mean)}, "
             f"{words('median')} = {number(host.median)} ({counts})"
         )
     lines.append(summary(study, words, window))
@@ -202,7 +208,7 @@ def columns(words: Words, window: float) -> dict[str, str]:
 def cells(host: HostReport) -> dict[str, str]:
     """A row of that table."""
     return {
-        "host": host.host,
+        "host": printable(host.host),
         "mean": number(host.mean),
         "median": number(host.median),
         "workers": "-" if host.workers is None else str(host.workers),
@@ -260,7 +266,9 @@ def tables(report: Report, lang: str = "en") -> Group:
     words = Words(lang)
     shown: list[Any] = [Text(f"{words('database')}({report.database})", style="bold")]
     for study in report.studies:
-        head = Text.assemble((f"{study.number} {study.name}", "bold cyan"), f"  COMPLETE: {study.complete}")
+        head = Text.assemble(
+            (f"{study.number} {printable(study.name)}", "bold cyan"), f"  COMPLETE: {study.complete}"
+        )
         if any(best is not None for best in study.best):
             head.append(f"  {words('best')} {', '.join(map(value, study.best))}", style="green")
         hosts = [_HostTable(study, words, report.window)] if study.hosts else []

@@ -15,20 +15,21 @@ PACKAGE = Path(optuna_dlock.__file__).parent
 LAYERS = {
     "tools": {
         *("cli", "demo", "demo_view", "demo_worker", "audit", "doctor"),
-        *(
-            "report",
-            "report_source",
-            "open_storage",
-            "report_view",
-            "report_svg",
-            "report_plots",
-            "report_html",
-        ),
-        *("report_run", "watch"),
+        *("cli_completion", "cli_locks", "cli_output", "cli_report", "cli_studies", "cli_trials"),
+        *("report", "report_source", "open_storage", "report_view", "report_run", "watch"),
+        *("report_svg", "report_plots", "report_html"),
     },
     "facade": {"__init__", "storage"},
     "state": {"studies", "trials", "trial_reads", "cache", "live_trial", "runners", "heartbeats"},
-    "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
+    "exclusion": {
+        "section",
+        "lock",
+        "lock_table",
+        "lease",
+        "distributed_lock",
+        "pottery_lock",
+        "ensemble_lock",
+    },
     "server": {
         *("node", "channel", "scripts", "server", "embedded", "supervisor"),
         *("ensemble", "master", "repair"),

@@ -407,5 +407,18 @@ def test_a_name_with_markup_is_shown_as_it_is() -> None:
     assert "[bold]x" in capture.get()
 
 
+def test_a_name_cannot_drive_the_terminal() -> None:
+    report = Report(
+        "db", [_statistics(_trials(_done("m8\x1b[2J", 0, 1)), name="x\n9 y").report(NOON)], 0.0, NOON
+    )
+    assert "\x1b" not in plain(report)
+    assert r"7 'x\n9 y'" in plain(report)
+
+
+def test_to_wait_for_the_twin_of_a_duplicate_is_idle() -> None:
+    host = _hosts(_trials(_done("m8", 0, 5), _done("m8", 5, 10, "RUNNING")))["m8"]
+    assert host.idle == pytest.approx(0.5)
+
+
 def test_seconds_are_those_of_the_clock_on_the_wall() -> None:
     assert seconds_of(datetime(1970, 1, 2)) == 86400.0

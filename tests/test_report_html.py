@@ -35,7 +35,7 @@ def _study(number: int, directions: list[StudyDirection], hosts: int, n: int) ->
         start = free[host]
         free[host] = start + rng.lognormvariate(math.log(2 + host / 2), 0.3)
         trials.append(_trial(at, f"gpu-node-{host:02d}.cluster", start, free[host], _values(rng, directions)))
-    statistics = StudyStatistics(number, f"study <{number}> & Co", directions)
+    statistics = StudyStatistics(number, f"study <b>{number}</b> & Co", directions)
     statistics.update(trials)
     return statistics
 
@@ -186,7 +186,7 @@ def test_text_stands_out_from_what_is_behind_it(drawn: Drawn, request: pytest.Fi
 
 @needs_browser
 def test_names_are_shown_as_they_are(drawn: Drawn) -> None:
-    assert "study <1> & Co" in drawn.found["text"]
+    assert "study <b>1</b> & Co" in drawn.found["text"]
     assert "gpu-node-19.cluster" in drawn.found["text"]
 
 

@@ -16,12 +16,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalRedisBackend, JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_dlock import RedisLockedStorage, cli
+from optuna_dlock import RedisLockedStorage, cli, cli_output, cli_report
 from optuna_dlock.errors import DLockError, InvalidURLError, StorageUnavailableError, StudyNotFoundError
+from optuna_dlock.open_storage import open_storage
 from optuna_dlock.report import HostStatistics
 from optuna_dlock.report_source import ReportSource
 from tests.masters import Masters
@@ -136,7 +139,7 @@ def test_several_masters_that_nobody_has_worked_on_stay_empty(three: Masters, va
 
 
 def test_several_masters_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(cli_output, "TIMEOUT", 0.3)
     ports = [free_port() for _ in range(3)]
     done = _run("report", f"redis://{','.join(f'127.0.0.1:{port}' for port in ports)}/0")
     assert done.returncode == 2
@@ -179,6 +182,17 @@ def test_a_sqlite_file_of_somebody_else_is_refused_and_gets_no_tables(tmp_path: 
     assert path.read_bytes() == before
 
 
+def test_a_sqlite_file_is_opened_so_that_nothing_can_be_written(tmp_path: Path) -> None:
+    url, storage = _sqlite(tmp_path)
+    _fill(storage, "s")
+    storage.remove_session()
+    _, opened = open_storage(url, 1.0)
+    with pytest.raises(StorageInternalError) as raised:
+        opened.create_new_study([StudyDirection.MINIMIZE], "another")
+    assert "readonly" in str(raised.value.__cause__)
+    opened.remove_session()
+
+
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("once upon a time\nthere was\n")
@@ -202,7 +216,7 @@ def test_a_redis_without_a_journal_is_refused_and_stays_empty() -> None:
 def test_a_server_that_is_not_there_is_named_in_one_line_without_its_password(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(cli_output, "TIMEOUT", 0.3)
     port = free_port()
     done = _run("report", url.format(port))
     assert done.returncode == 2
@@ -340,7 +354,7 @@ def test_the_report_goes_to_a_file_that_was_asked_for(valkey_url: str, tmp_path:
 def test_a_table_without_rich_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], valkey_url: str
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli_report, "find_spec", lambda name: None)
     assert cli.main(["report", valkey_url, "--format", "table"]) == 2
     assert 'pip install "optuna-dlock[report]"' in capsys.readouterr().err
 
@@ -388,6 +402,20 @@ def test_a_refresh_takes_in_what_changed_and_nothing_else(
         optuna.delete_study(storage=storage, study_name="s")
         assert [(report.number, report.name) for report in source.refresh()] == [(0, "later")]
         source.close()
+
+
+def test_duplicates_that_were_skipped_are_told_apart(valkey_url: str) -> None:
+    dlock = pytest.importorskip("optuna_dlock.skipping")  # comes with another branch
+
+    def objective(trial: optuna.Trial) -> float:
+        return float(trial.suggest_int("x", 0, 1))
+
+    with RedisLockedStorage(valkey_url) as storage:
+        study = optuna.create_study(storage=storage, study_name="s", sampler=optuna.samplers.RandomSampler(1))
+        study.optimize(dlock.skip_duplicates(objective), n_trials=20)
+    (found,) = _json(valkey_url)["studies"]
+    (host,) = found["hosts"]
+    assert (host["finished"], host["skipped"], host["failed"], found["complete"]) == (2, 18, 0, 20)
 
 
 def test_errors_have_their_class(tmp_path: Path, valkey_url: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import optuna
 import pytest
 
-from optuna_dlock import RedisLockedStorage, cli
+from optuna_dlock import RedisLockedStorage, cli, cli_output
 from optuna_dlock.errors import StorageUnavailableError
 from optuna_dlock.report_source import ReportSource
 from optuna_dlock.watch import watch
@@ -99,7 +99,7 @@ def test_once_looks_once(study: optuna.Study, url: str, capsys: pytest.CaptureFi
 def test_a_server_that_is_not_there_at_the_first_look_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(cli_output, "TIMEOUT", 0.3)
     port = free_port()
     assert cli.main(["watch", f"redis://127.0.0.1:{port}/0"]) == 2
     assert f"127.0.0.1:{port}" in capsys.readouterr().err
