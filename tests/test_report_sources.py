@@ -408,7 +408,9 @@ def test_duplicates_that_were_skipped_are_told_apart(valkey_url: str) -> None:
     dlock = pytest.importorskip("optuna_dlock.skipping")  # comes with another branch
 
     def objective(trial: optuna.Trial) -> float:
-        return float(trial.suggest_int("x", 0, 1))
+        x = trial.suggest_int("x", 0, 1)
+        dlock.claim_or_skip(trial)
+        return float(x)
 
     with RedisLockedStorage(valkey_url) as storage:
         study = optuna.create_study(storage=storage, study_name="s", sampler=optuna.samplers.RandomSampler(1))
