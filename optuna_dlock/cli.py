@@ -182,7 +182,8 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from optuna_dlock.doctor import examine, report_json, report_text
+    from optuna_dlock.doctor_ask import examine
+    from optuna_dlock.doctor_view import report_json, report_text
 
     report = examine(args.urls, _TIMEOUT)
     print(report_json(report) if args.json else report_text(report))

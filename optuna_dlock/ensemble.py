@@ -26,7 +26,7 @@ from optuna_dlock.errors import (
     QuorumError,
     ServerConfigurationError,
 )
-from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of
+from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of, pack_members
 from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, Node, Post, forget_in_children
 from optuna_dlock.quorum import FIRST_BALLOT, Ballots, Runs, State, decided, majority, needed_for_rebuild
@@ -54,9 +54,11 @@ _SLOWEST = 0.05  # seconds that one that has its majority waits for the votes of
 _ASKED_AGAIN = 5  # times
 _GATE = 0.05  # seconds that the master that is asked first may take before the others are asked too
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
+_WAITED_FOR_ALL = 5.0  # seconds, after all went down, before a majority goes on without the rest
+_FLUSHED_AFTER = 0.002  # seconds for which a write waits for others to take a turn together
 _READ_TRIES = 3  # undecided reads before one is made a section
 _READ_COMMANDS = frozenset(
-    ("GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
+    ("EXISTS", "GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
 )
 
 
@@ -80,6 +82,20 @@ class _Object:
         self.base = (0, "")
         self.highest = FIRST_BALLOT
         self.is_lacking = False
+
+
+class _Posted:
+    """A write that returned to its caller before a majority had it.
+
+    Attributes:
+        request: None while it is not sent, as somebody else may have the turn.
+    """
+
+    __slots__ = ("obj", "post", "request")
+
+    def __init__(self, post: Post, obj: _Object) -> None:
+        self.post, self.obj = post, obj
+        self.request: Request | None = None
 
 
 class Head:
@@ -128,7 +144,7 @@ class Ensemble:
         self._on_fork = on_fork
         self._clock = clock
         self._servers = list(servers)
-        self._poll = select.poll()
+        self._poll, self._polled = select.poll(), set[int]()
         self._repairing = repair
         self._start_anew()
         forget_in_children(self)
@@ -139,8 +155,11 @@ class Ensemble:
         self._numbers = itertools.count(1)
         self._sequence = 0
         self._objects: dict[str, _Object] = {}
-        self._outstanding: deque[tuple[Post, _Object, Request]] = deque()
+        self._outstanding: deque[_Posted] = deque()
+        self._unsent = 0  # of these
+        self._flusher: threading.Thread | None = None
         self._greeted = False
+        self._lacking_since = 0.0
         self._repairs: Repairs | None = None
         if self._repairing:
             # No bound method: in a cycle, sockets would be collected before the connections that close them.
@@ -215,18 +234,18 @@ class Ensemble:
     def post(self, post: Post) -> None:
         """Send a write to all masters at once, and read the replies with the next call that waits.
 
-        Where somebody else may have run the last section of the object, it is not sent before that is known:
-        then it waits.
+        Where somebody else may have run the last section of the object, it needs a turn first: with the next
+        call that waits, or soon, in a thread of its own.
         """
         with self.lock:
-            head = post.head
-            obj = self._object(head.keys[0])
-            args = (*head.args, post.field, post.value, post.sequence)
-            if obj.ballot is None or not self._greeted:
-                self._settle(post, self.run(head.script, head.keys, args))
-                return
-            request = self._send_section(obj, obj.ballot, head.script.name, head.keys, args)
-            self._outstanding.append((post, obj, request))
+            obj = self._object(post.head.keys[0])
+            self._outstanding.append(_Posted(post, obj))
+            self._unsent += 1
+            if obj.ballot is not None:
+                self._send_unsent(obj)
+            elif self._flusher is None:
+                self._flusher = threading.Thread(target=_flush, args=(self,), name="flush", daemon=True)
+                self._flusher.start()
             if len(self._outstanding) > 500:
                 self.collect()
 
@@ -236,6 +255,7 @@ class Ensemble:
             if not self._outstanding:
                 return
             self.waits += 1
+            self._greet()
             self._collect()
 
     @property
@@ -244,21 +264,48 @@ class Ensemble:
         return len(self._outstanding)
 
     def _collect(self) -> bool:
-        """Take the replies of all posts; whether some had to be run again."""
-        again = False
+        """Take the replies of all posts; whether some had to be sent yet, or once more."""
+        again, trying = False, self._trying(longest=0.02, first=0.0005)
         while self._outstanding:
-            post, obj, request = self._outstanding[0]
-            if not again and self._wait_for_section(request):
-                reply = self._section_reply(request)
+            posted = self._outstanding[0]
+            obj, request = posted.obj, posted.request
+            if request is None:
+                again = True
+                if obj.ballot is None and not self._acquire(obj):
+                    if obj.is_lacking and self._is_unknown(obj):
+                        self._done(posted, [NO_STUDY])
+                    else:
+                        next(trying)
+                    continue
+                self._send_unsent(obj)
+            elif self._wait_for_section(request):
+                self._done(posted, self._section_reply(request))
             else:
                 # Refused, or lost: this one and all that were sent after it, as they build on it.
-                again, obj.ballot = True, None
-                head = post.head
-                args = (*head.args, post.field, post.value, post.sequence)
-                reply = self._section(head.script.name, head.keys, args, collect=False)
-            self._outstanding.popleft()
-            self._settle(post, reply)
+                self._learn(obj, request)
+                self._raise_refusals(request, posted.post.head.keys)
+                obj.ballot = None
+                for later in self._outstanding:
+                    if later.obj is obj and later.request is not None:
+                        later.request = None
+                        self._unsent += 1
         return again
+
+    def _send_unsent(self, obj: _Object) -> None:
+        """Send all posts of an object that were not sent; we have its ballot."""
+        if not self._unsent or obj.ballot is None:
+            return
+        for posted in self._outstanding:
+            if posted.obj is obj and posted.request is None:
+                post, head = posted.post, posted.post.head
+                args = (*head.args, post.field, post.value, post.sequence)
+                posted.request = self._send_section(obj, obj.ballot, head.script.name, head.keys, args)
+                self._unsent -= 1
+
+    def _done(self, posted: _Posted, reply: Any) -> None:
+        self._outstanding.popleft()
+        self._unsent -= posted.request is None
+        self._settle(posted.post, reply)
 
     @staticmethod
     def _settle(post: Post, reply: Any) -> None:
@@ -280,6 +327,7 @@ class Ensemble:
         trying = self._trying(longest=0.02, first=0.0005)
         while True:
             if obj.ballot is not None:
+                self._send_unsent(obj)
                 request = self._send_section(obj, obj.ballot, name, keys, args)
                 if collect and self._outstanding:
                     self._collect()  # what was sent before is on the wires before
@@ -289,7 +337,7 @@ class Ensemble:
                 obj.ballot = None
                 self._learn(obj, request)
                 self._raise_refusals(request, keys)
-            elif collect and self._outstanding:
+            elif collect and len(self._outstanding) > self._unsent:
                 self._collect()
                 continue
             if not self._acquire(obj):
@@ -355,7 +403,7 @@ class Ensemble:
         self._learn(obj, request)
         self._raise_refusals(request, [obj.ballots_key])
         self._note_behind(obj, request)
-        obj.is_lacking = self._count(request, NO_DATA) > len(self.masters) - self.q
+        obj.is_lacking = self._is_lacking(request)
         states, known = self._votes(request, runs)
         if len(states) < self.q:
             self._release(obj, ballot)
@@ -376,6 +424,7 @@ class Ensemble:
             self._release(obj, ballot)
             return False
         obj.ballot, obj.base = ballot, best.base
+        self._lacking_since = 0.0
         return True
 
     def _ask_for_votes(
@@ -512,6 +561,8 @@ class Ensemble:
         trying: Iterator[int] | None = None
         tries = 0
         while True:
+            if collect and self._unsent:
+                self._collect()
             requests = [self._send_read(name, keys, args) for keys, args in calls]
             if collect and self._outstanding and self._collect():
                 continue  # some write was run again after we asked
@@ -525,7 +576,7 @@ class Ensemble:
             indexes = [self._decided(request) for request in requests]
             if None not in indexes:
                 return [r.replies[i][4] for r, i in zip(requests, indexes, strict=True) if i is not None]
-            lacking = any(self._count(r, NO_DATA) > len(self.masters) - self.q for r in requests)
+            lacking = any(self._is_lacking(request) for request in requests)
             if lacking and self._is_unknown(obj):
                 return [[NO_STUDY] for _ in calls]
             tries += 1
@@ -613,23 +664,20 @@ class Ensemble:
 
     def _receive(self, seconds: float) -> None:
         """Wait for replies, and take them; connections that were lost are made again meanwhile."""
-        poll, by_file = select.poll(), {}
-        waiting = False
         for master in self.masters:
             if master.tend():
                 self._check_names()
-            if master.connected:
-                file = master.fileno()
-                by_file[file] = master
-                poll.register(file, select.POLLIN)
-            else:
-                waiting = True
-        if waiting:
+        by_file = {master.fileno(): master for master in self.masters if master.connected}
+        if len(by_file) < len(self.masters):
             seconds = min(seconds, 0.005)
         if not by_file:
             time.sleep(seconds)
             return
-        for file, _ in poll.poll(max(seconds * 1000, 0.1)):
+        if by_file.keys() != self._polled:
+            self._poll, self._polled = select.poll(), set(by_file)
+            for file in by_file:
+                self._poll.register(file, select.POLLIN)
+        for file, _ in self._poll.poll(max(seconds * 1000, 0.1)):
             by_file[file].receive()
 
     def _trying(self, longest: float = 0.1, first: float = 0.002) -> Iterator[int]:
@@ -710,7 +758,7 @@ class Ensemble:
                 if self._count(request, OK) >= self.q:
                     break
                 tried = all(m.connected or m.problem is not None for m in self.masters)
-                if tried and self._count(request, NO_DATA) > len(self.masters) - self.q:
+                if tried and self._is_lacking(request):
                     self._recover(registry, request)
             self._receive(0.002)
             next(trying)
@@ -734,7 +782,7 @@ class Ensemble:
         """Whether a majority lacks the object as there is no such study; if it is lost, it is recovered."""
         request = self._send_read("read_key", [obj.ballots_key], ["HLEN"])
         self._wait_for_all(request, 1.0)
-        if self._count(request, NO_DATA) <= len(self.masters) - self.q:
+        if not self._is_lacking(request):
             return False
         if obj.name != object_of(self.keys.ballots):
             study_id = obj.name[obj.name.rindex("{") + 1 : -2]
@@ -744,33 +792,40 @@ class Ensemble:
         self._recover(obj, request)
         return False
 
+    def _is_lacking(self, request: Request) -> bool:
+        """Whether masters without data leave no majority, as things stand."""
+        without = self._count(request, NO_DATA)
+        away = sum(not master.connected for master in self.masters)
+        return without > 0 and len(self.masters) - without - away < self.q
+
     def _recover(self, obj: _Object, request: Request) -> None:
         """No majority has data of an object: let the registry begin, or take what an earlier run has left."""
         without = [i for i, r in request.replies.items() if isinstance(r, list) and r[0] == NO_DATA]
-        with_data = [r for r in request.replies.values() if isinstance(r, list) and r[0] == OK]
-        others = len(with_data)
-        if obj.name == object_of(self.keys.ballots) and not any(m.earlier_run for m in self.masters):
+        with_data = {i: r for i, r in request.replies.items() if isinstance(r, list) and r[0] == OK}
+        if obj.name == object_of(self.keys.ballots) and not any(m.earlier_runs for m in self.masters):
             # Whoever began it before may have died on the way.
-            begun = [r for r in with_data if int(r[2]) == 0]
+            begun = [r for r in with_data.values() if int(r[2]) == 0]
             if len(begun) + len(without) == len(self.masters):
                 self._found()
                 return
-        if others >= needed_for_rebuild(len(self.masters)):
+        if len(with_data) >= needed_for_rebuild(len(self.masters)):
             for index in without:
                 self.rebuild(obj.name, index)
             return
-        revivable = [index for index in without if self.masters[index].earlier_run]
-        if len(revivable) == len(self.masters):
-            # All have restarted. With fewer, one that still has newer data might be left out.
-            for index in revivable:
-                self.revive(index)
+        # What is missing might have lost nothing, while these have lost the last second before a crash.
+        self._lacking_since = self._lacking_since or time.monotonic()
+        all_here = len(with_data) + len(without) == len(self.masters)
+        if all_here or time.monotonic() - self._lacking_since > _WAITED_FOR_ALL:
+            try:
+                revive(self, obj.name, with_data.keys())
+            except ConnectionError as error:
+                _logger.debug("a master went away again: %s", error)
 
     def _found(self) -> None:
         """Begin a new ensemble, with all masters; nothing was there before."""
-        listed = "v:" + ",".join(self.members)
         for master in self.masters:
             request = Request()
-            master.send_plain(("SET", self.keys.members, listed, "NX"), Request())
+            master.send_plain(("SET", self.keys.members, pack_members(self.members), "NX"), Request())
             master.send_plain(("GET", self.keys.members), request)
             reply = self._wait_for(master, request, 2.0)
             if not isinstance(reply, bytes):
@@ -778,7 +833,7 @@ class Ensemble:
             master.check_members(reply)
         request, script = Request(), masters_script("found_object")
         for master in self.masters:
-            master.send_script(script, [self.keys.ballots], [], request)
+            master.send_script(script, [self.keys.ballots], [FIRST_BALLOT, ""], request)
             self._note_run(master)
         self._wait_for_all(request, 2.0)
 
@@ -835,10 +890,6 @@ class Ensemble:
         copy = f"{ballot}.{next(self._numbers)}"
         return Copy(self, obj.name, ballot, copy, source, best, target, replaced, known).run()
 
-    def revive(self, index: int) -> None:
-        """Let a master go on with the data of its earlier run: all went down, and nothing else is left."""
-        revive(self, self.masters[index])
-
     def repair(self, index: int) -> bool:
         """Give a master that restarted everything that the others have; whether it has it all."""
         with self.lock:
@@ -862,7 +913,7 @@ class Ensemble:
                     if obj.ballot is not None:
                         self._release(obj, obj.ballot)
             if whole:
-                master.send_plain(("SET", self.keys.members, "v:" + ",".join(self.members), "NX"), Request())
+                master.send_plain(("SET", self.keys.members, pack_members(self.members), "NX"), Request())
                 self._note_run(master)
                 sweep_earlier_runs(self, master)
             return whole
@@ -889,6 +940,19 @@ class Ensemble:
         """The key names of an object."""
         text = name[name.rindex("{") + 1 : -2]
         return StudyKeys(self.prefix, int(text)) if text.isdecimal() else self.keys
+
+
+def _flush(ensemble: Ensemble) -> None:
+    """Send what was not sent when it was posted; a burst of writes takes one turn."""
+    time.sleep(_FLUSHED_AFTER)
+    with ensemble.lock:
+        ensemble._flusher = None
+        try:
+            if ensemble._unsent:
+                ensemble._greet()
+                ensemble._collect()
+        except DLockError as error:  # the next call that waits raises it
+            _logger.debug("writes wait for their turn: %s", error)
 
 
 def _entry(raw: bytes) -> list[bytes]:

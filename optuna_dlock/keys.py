@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 DEFAULT_PREFIX = "optuna"
 FORMAT_VERSION = 1
 
@@ -89,6 +91,16 @@ def _add_masters_keys(keys: RegistryKeys | StudyKeys, base: str) -> None:
 
 def _masters_keys(keys: RegistryKeys | StudyKeys) -> list[str]:
     return [keys.sections, keys.leases, keys.fences, keys.released]
+
+
+def pack_members(members: Sequence[str]) -> str:
+    """The list of masters, as it is stored; KeyDB treats small numbers in a way of its own, this is none."""
+    return "v:" + ",".join(members)
+
+
+def unpack_members(stored: bytes) -> list[str]:
+    """The list of masters that is stored under `members`."""
+    return stored.decode().removeprefix("v:").split(",")
 
 
 def object_of(key: str) -> str:

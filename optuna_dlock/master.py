@@ -16,9 +16,9 @@ import redis.exceptions as redis_errors
 
 from optuna_dlock.channel import Connection, RefusalError, SocketChannel, open_channel, refusal
 from optuna_dlock.errors import AccessDeniedError, DLockError, MembershipError, ServerConfigurationError
-from optuna_dlock.keys import RegistryKeys, on_master, run_key
+from optuna_dlock.keys import RegistryKeys, on_master, run_key, unpack_members
 from optuna_dlock.node import Argument, pack_command
-from optuna_dlock.scripts import Script, all_masters_scripts
+from optuna_dlock.scripts import Script, all_masters_scripts, on_keydb
 
 _logger = logging.getLogger(__name__)
 _PATIENCE = 3.0  # seconds for which one reply may be outstanding before the connection counts as lost
@@ -56,7 +56,7 @@ class Master:
 
     Attributes:
         run: Which run of the server this is; other runs have other keys.
-        earlier_run: An earlier run that has left data, "" if there is none.
+        earlier_runs: Those that have left data, the last one first.
         key_prefix: What its key names begin with in this run.
         problem: Why it is not connected; None before the first attempt.
         fatal: A problem that no retry mends.
@@ -73,7 +73,7 @@ class Master:
         self.index = index
         self.address = address
         self.run = ""
-        self.earlier_run = ""
+        self.earlier_runs: list[str] = []
         self.key_prefix = ""
         self.problem: Exception | None = None
         self.fatal: DLockError | None = None
@@ -83,8 +83,9 @@ class Master:
         self._channel: SocketChannel | None = None
         self._owed: deque[tuple[Request, float]] = deque()
         self._attempt: threading.Thread | None = None
-        self._made: tuple[SocketChannel, str, str] | None = None
+        self._made: tuple[SocketChannel, str, list[str]] | None = None
         self._file = -1
+        self._is_keydb = False
         self._pause = _FIRST_PAUSE
         self._next_attempt = 0.0
 
@@ -110,7 +111,7 @@ class Master:
                 return False
             self._attempt = None
             if self._made is not None:
-                (self._channel, self.run, self.earlier_run), self._made = self._made, None
+                (self._channel, self.run, self.earlier_runs), self._made = self._made, None
                 self._file = self._channel.sock.fileno()
                 self.key_prefix = on_master(self._prefix, self.address, self.run)
                 self.problem, self._pause = None, _FIRST_PAUSE
@@ -137,7 +138,7 @@ class Master:
             channel = opened
             run, earlier = self._look_at(channel)
             for script in all_masters_scripts():
-                self._call(channel, "SCRIPT", "LOAD", script.source)
+                self._call(channel, "SCRIPT", "LOAD", self._as_here(script).source)
             if threading.current_thread() is self._attempt:
                 self._made = channel, run, earlier
             else:
@@ -170,7 +171,7 @@ class Master:
             raise reply
         return reply
 
-    def _look_at(self, channel: SocketChannel) -> tuple[str, str]:
+    def _look_at(self, channel: SocketChannel) -> tuple[str, list[str]]:
         """Refuse what must not be one of these masters (G8); which run this is, and which came before."""
         keys = RegistryKeys(self._prefix)
         info = _fields(self._call(channel, "INFO"))
@@ -191,18 +192,18 @@ class Master:
                 members=[self.address],
             )
         self.check_members(self._call(channel, "GET", keys.members))
+        self._is_keydb = "mvcc_depth" in info
         run = info["run_id"][:8]
         flat = self._call(channel, "HGETALL", run_key(self._prefix, self.address))
         runs = dict(zip(flat[::2], flat[1::2], strict=True))
         runs.pop(run.encode(), None)
-        earlier = max(runs, key=lambda name: int(runs[name])).decode() if runs else ""
-        return run, earlier
+        return run, [name.decode() for name in sorted(runs, key=lambda name: int(runs[name]), reverse=True)]
 
     def check_members(self, found: bytes | None) -> None:
         """Raise MembershipError if the list of masters stored on a master is another one."""
         if found is None:
             return
-        members = found.decode().removeprefix("v:").split(",")
+        members = unpack_members(found)
         if members != self._members:
             raise MembershipError(
                 f"{self.address} belongs to the masters {', '.join(members)}; this list is "
@@ -293,10 +294,16 @@ class Master:
     ) -> None:
         """Run a script; key names as `keys.py` makes them."""
         prefix, cut = self.key_prefix, len(self._prefix)
-        packed = pack_command(
-            ("EVALSHA", script.sha, len(keys), *[prefix + key[cut:] for key in keys], *args)
-        )
-        self.send(packed, request)
+        self.run_script(script, [prefix + key[cut:] for key in keys], args, request)
+
+    def run_script(
+        self, script: Script, keys: Sequence[str], args: Sequence[Argument], request: Request
+    ) -> None:
+        """Run a script; key names as they are on the server."""
+        self.send(pack_command(("EVALSHA", self._as_here(script).sha, len(keys), *keys, *args)), request)
+
+    def _as_here(self, script: Script) -> Script:
+        return on_keydb(script) if self._is_keydb else script
 
     def receive(self) -> None:
         """Take the replies that have arrived."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 FIRST_BALLOT = "0"
-_MICROSECONDS, _CLIENT = 16, 12  # digits
+_EPOCH, _MICROSECONDS, _CLIENT = 4, 16, 12  # digits
 
 
 def majority(n: int) -> int:
@@ -24,7 +24,9 @@ def needed_for_rebuild(n: int) -> int:
 class Ballots:
     """Ballots of one client: unique, and higher than any this client has seen.
 
-    They begin with the time, which only saves a retry; their order is checked by the masters.
+    After the epoch comes the time, which only saves a retry; their order is checked by the masters. An epoch
+    ends when masters go on with what earlier runs of them have kept: no promise of before may outrank what
+    comes then.
 
     Args:
         clock: Seconds since the epoch; may be wrong.
@@ -33,13 +35,26 @@ class Ballots:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._client = random.SystemRandom().randrange(10**_CLIENT)
+        self._epoch = 0
         self._last = 0
 
     def next(self, seen: str = FIRST_BALLOT) -> str:
         """A ballot above all before, and above one that a master has told."""
+        epoch, microseconds = _parts(seen)
         now = int(self._clock() * 1e6)
-        self._last = max(now, self._last + 1, int(seen[:_MICROSECONDS]) + 1)
-        return f"{self._last:0{_MICROSECONDS}d}{self._client:0{_CLIENT}d}"
+        self._epoch = max(self._epoch, epoch)
+        self._last = max(now, self._last + 1, microseconds + 1)
+        return f"{self._epoch:0{_EPOCH}d}{self._last:0{_MICROSECONDS}d}{self._client:0{_CLIENT}d}"
+
+    def next_epoch(self, seen: str) -> str:
+        """A ballot of a new epoch, above all that can be made by whoever has not been told of it."""
+        self._epoch = max(self._epoch, _parts(seen)[0]) + 1
+        return self.next(seen)
+
+
+def _parts(ballot: str) -> tuple[int, int]:
+    """Epoch and time of a ballot."""
+    return int(ballot[:_EPOCH]), int(ballot[_EPOCH : _EPOCH + _MICROSECONDS] or 0)
 
 
 class State(NamedTuple):

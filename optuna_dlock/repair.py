@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna_dlock.errors import DLockError
-from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of, on_master
+from optuna_dlock.keys import RegistryKeys, StudyKeys, on_master
 from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, type_of_key
-from optuna_dlock.quorum import Runs, State
+from optuna_dlock.quorum import FIRST_BALLOT, Runs, State, needed_for_rebuild
 from optuna_dlock.scripts import OK, masters_script
 
 if TYPE_CHECKING:
@@ -145,8 +145,8 @@ class Copy:
         return self._ensemble.reply_of(self._target, self._send(name, keys, args), _PATIENCE)
 
     def _send(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Request:
-        request, sha = Request(), masters_script(name).sha
-        self._target.send_plain(("EVALSHA", sha, len(keys), *keys, *args), request)
+        request = Request()
+        self._target.run_script(masters_script(name), keys, args, request)
         return request
 
     def _check(self, request: Request) -> None:
@@ -197,44 +197,77 @@ class Repairs:
             ensemble.close()
 
 
-def revive(ensemble: Ensemble, master: Master) -> None:
-    """Move what an earlier run of a master has left to its present run, object by object.
+def revive(ensemble: Ensemble, name: str, alive: Collection[int]) -> None:
+    """Let masters that restarted go on with what they kept of an object: too few others have it to copy from.
 
-    Only where all masters restarted, so that none is left to copy from. The earlier run voted with this data.
-    Its promises hold no more, but the connections of those who got them are gone too.
+    What was acknowledged stood on a majority. So of N - q + 1 masters, be they `alive` or restarted with
+    their data, the latest has all of it. Only as many as lack to that number go on, the latest first; the
+    others get copies. Their ballot begins a new epoch: nothing promised before can be decided any more.
+
+    Raises:
+        ConnectionError: If a master stops answering.
     """
-    earlier = on_master(ensemble.prefix, master.address, master.earlier_run)
+    keys = ensemble.keys_of(name)
+    seen, texts, latest = [FIRST_BALLOT], [], 0
+    kept: list[tuple[State, Master, str]] = []
+    for master in ensemble.masters:
+        if not master.connected:
+            continue
+        states = []
+        for run in [master.run] if master.index in alive else master.earlier_runs:
+            ballots = _of_run(ensemble, master, run, keys.ballots)
+            promised, *state, known = _ask(ensemble, master, "HMGET", ballots, "p", "a", "s", "i", "k")
+            if None not in state:
+                seen.append(promised.decode())
+                texts.append(known or b"")
+                latest = max(latest, int(state[1]))
+                states.append((State.of(*state), master, run))
+        if states and master.index not in alive:
+            kept.append(max(states, key=lambda item: item[0].order))
+    missing = needed_for_rebuild(len(ensemble.masters)) - len(alive)
+    known_runs = Runs(texts)
+    for _, master, _ in kept:
+        known_runs.begin(master.index, master.run)
+    ballot = ensemble.ballots.next_epoch(max(seen))
+    if len(kept) < missing:
+        everybody_told = all(master.connected for master in ensemble.masters)
+        if everybody_told and latest == 0 and isinstance(keys, StudyKeys):
+            # The registry was copied to masters that have not run the section that made this study.
+            for master in ensemble.masters:
+                if master.index not in alive:
+                    request = Request()
+                    script, names = masters_script("found_object"), [keys.ballots, keys.meta]
+                    master.send_script(script, names, [ballot, str(known_runs)], request)
+                    ensemble.reply_of(master, request, _PATIENCE)
+        return
+    for _, master, run in sorted(kept, key=lambda item: item[0].order, reverse=True)[:missing]:
+        _revive_on(ensemble, master, run, keys, ballot, known_runs)
 
-    def old(key: str) -> str:
-        return earlier + key[len(ensemble.prefix) :]
 
-    def ask(*words: Argument) -> Any:
-        request = Request()
-        master.send_plain(words, request)
-        return ensemble.reply_of(master, request, _PATIENCE)
+def _revive_on(
+    ensemble: Ensemble, master: Master, run: str, keys: RegistryKeys | StudyKeys, ballot: str, known: Runs
+) -> None:
+    _ask(ensemble, master, "HSET", master.run_key, master.run, int(time.time() * 1e6))
+    names = [keys.ballots, *keys.copied()]
+    if isinstance(keys, StudyKeys):
+        live = _ask(ensemble, master, "HKEYS", _of_run(ensemble, master, run, keys.live))
+        names += [keys.trial(int(number)) for number in live]
+    old = [_of_run(ensemble, master, run, key) for key in names]
+    new = [master.key(key) for key in names]
+    request = Request()
+    master.run_script(masters_script("revive_object"), [*old, *new], [ballot, str(known)], request)
+    ensemble.reply_of(master, request, _PATIENCE)
 
-    studies = [int(study_id) for study_id in ask("HKEYS", old(ensemble.keys.studies))]
-    objects: list[RegistryKeys | StudyKeys] = [StudyKeys(ensemble.prefix, study_id) for study_id in studies]
-    objects.append(ensemble.keys)  # last: once it is there, the master counts as one with data
-    for keys in objects:
-        names = [*keys.copied()]
-        if isinstance(keys, StudyKeys):
-            names += [keys.trial(int(number)) for number in ask("HKEYS", old(keys.live))]
-        script = masters_script("revive_object")
-        pairs = [keys.ballots, *names]
-        request = Request()
-        packed_keys = [*(old(key) for key in pairs), *(master.key(key) for key in pairs)]
-        master.send_plain(
-            ("EVALSHA", script.sha, len(packed_keys), *packed_keys, object_of(keys.ballots)), request
-        )
-        ensemble.reply_of(master, request, _PATIENCE)
-        known = Runs([ask("HGET", master.key(keys.ballots), "k") or b""])
-        for other in ensemble.masters:
-            if other.connected:
-                known.begin(other.index, other.run)
-        ask("HSET", master.key(keys.ballots), "k", str(known))
-    ask("HSET", master.run_key, master.run, int(time.time() * 1e6))
-    master.earlier_run = ""
+
+def _of_run(ensemble: Ensemble, master: Master, run: str, key: str) -> str:
+    """A key's name in a run of a master."""
+    return on_master(ensemble.prefix, master.address, run) + key[len(ensemble.prefix) :]
+
+
+def _ask(ensemble: Ensemble, master: Master, *words: Argument) -> Any:
+    request = Request()
+    master.send_plain(words, request)
+    return ensemble.reply_of(master, request, _PATIENCE)
 
 
 def sweep_earlier_runs(ensemble: Ensemble, master: Master) -> None:
@@ -243,24 +276,18 @@ def sweep_earlier_runs(ensemble: Ensemble, master: Master) -> None:
     pattern = "".join(f"[{c}]" if c in "*?[]\\" else c for c in name) + "*"
     cursor: Any = "0"
     while True:
-        found = Request()
-        master.send_plain(("SCAN", cursor, "MATCH", pattern, "COUNT", _CHUNK), found)
-        cursor, keys = ensemble.reply_of(master, found, _PATIENCE)
+        cursor, keys = _ask(ensemble, master, "SCAN", cursor, "MATCH", pattern, "COUNT", _CHUNK)
         old = [key for key in keys if not key.startswith(master.key_prefix.encode())]
         if old:
-            swept = Request()
-            master.send_plain(("UNLINK", *old), swept)
-            ensemble.reply_of(master, swept, _PATIENCE)
+            _ask(ensemble, master, "UNLINK", *old)
         if cursor == b"0":
             break
     for run in set(runs_of(ensemble, master)) - {master.run.encode()}:
         master.send_plain(("HDEL", master.run_key, run), Request())
-    master.earlier_run = ""
+    master.earlier_runs = []
 
 
 def runs_of(ensemble: Ensemble, master: Master) -> list[bytes]:
     """The runs in which a master had data."""
-    found = Request()
-    master.send_plain(("HKEYS", master.run_key), found)
-    runs: list[bytes] = ensemble.reply_of(master, found, _PATIENCE)
+    runs: list[bytes] = _ask(ensemble, master, "HKEYS", master.run_key)
     return runs

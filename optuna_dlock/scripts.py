@@ -97,6 +97,12 @@ def all_masters_scripts() -> tuple[Script, ...]:
 
 
 @cache
+def on_keydb(script: Script) -> Script:
+    """The same script for a KeyDB server: see `lua/masters/_keydb.lua`."""
+    return Script(script.name, _file("masters", "_keydb") + script.source.replace("--[keydb] ", ""))
+
+
+@cache
 def _names(*folder: str) -> tuple[str, ...]:
     entries = files("optuna_dlock").joinpath(*folder).iterdir()
     names = sorted(entry.name for entry in entries if entry.name.endswith(".lua"))

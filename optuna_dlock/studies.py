@@ -21,7 +21,7 @@ from optuna_dlock.errors import (
     StudyExistsError,
     StudyNotFoundError,
 )
-from optuna_dlock.keys import FORMAT_VERSION, LockKeys, RegistryKeys, StudyKeys
+from optuna_dlock.keys import FORMAT_VERSION, LockKeys, RegistryKeys, StudyKeys, unpack_members
 from optuna_dlock.scripts import EXISTS, FOREIGN, NO_STUDY, script
 from optuna_dlock.section import Section
 
@@ -93,7 +93,7 @@ class Registry:
             )
         members = node.command("GET", self._keys.members)
         if members is not None:
-            listed = members.decode().removeprefix("v:").split(",")
+            listed = unpack_members(members)
             raise MembershipError(
                 f"{node.address} is one of the masters {', '.join(listed)}: give their whole list as the URL",
                 address=node.address,

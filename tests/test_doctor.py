@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 
-from optuna_dlock import InvalidURLError, cli, doctor
-from optuna_dlock.doctor import Finding, Link, Master, Persistence, Replication, Report, examine, report_text
+from optuna_dlock import InvalidURLError, RedisLockedStorage, cli, doctor, doctor_ask
+from optuna_dlock.doctor import Finding, Link, Master, Persistence, Replication, Report
+from optuna_dlock.doctor_ask import examine
+from optuna_dlock.doctor_view import report_json, report_text
+from optuna_dlock.url import split_url
+from tests.masters import Masters
 from tests.servers import FLAVOURS, Server, find_binary, free_port
 
 _TIMEOUT = 2.0
@@ -273,7 +278,7 @@ def test_a_server_that_quotes_the_password_in_its_reply_is_not_quoted(flavour: s
     with Server(flavour, extra=("--rename-command", "AUTH", "")) as server:
         report = _examine(f"redis://:{password}@127.0.0.1:{server.port}")
     assert "ResponseError" in _one(report, "fail", "not usable").text
-    shown = report_text(report) + doctor.report_json(report)
+    shown = report_text(report) + report_json(report)
     assert "s3cret" not in shown
     assert "unknown" not in shown or password != "unknown"  # noqa: S105  # of a server of our own
 
@@ -293,7 +298,7 @@ def test_one_server_named_twice_fails_and_counts_once(flavour: str) -> None:
 def test_a_clock_that_differs_by_more_than_a_second_is_a_warning(
     shift: float, words: str, valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_now", lambda: time.time() + shift)
+    monkeypatch.setattr(doctor_ask, "_now", lambda: time.time() + shift)
     report = _examine(valkey.url)
     assert report.masters[0].clock_offset_ms == pytest.approx(-1000 * shift, abs=300)
     assert report.ok
@@ -343,7 +348,58 @@ def test_the_number_of_masters_is_judged_by_how_many_may_be_down(count: int, lev
     ],
 )
 def test_a_url_of_several_hosts_stands_for_one_url_of_each(url: str, split: list[str]) -> None:
-    assert doctor._split([url, "redis://last"]) == [*split, "redis://last"]
+    assert split_url(url) == split
+
+
+# -- several masters of one storage ----------------------------------------------------------------
+
+
+def _fill(url: str, trials: int) -> None:
+    with RedisLockedStorage(url) as storage:
+        study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
+        for _ in range(trials):
+            study.ask()
+
+
+def test_masters_that_have_all_say_so_and_nothing_fails() -> None:
+    with Masters("valkey", 3) as masters:
+        _fill(masters.url, 5)
+        report = _examine(masters.url)
+        assert report.ok
+        for master in report.masters:
+            assert master.membership is not None
+            assert set(master.membership.members) == {_address(server) for server in masters.servers}
+            assert (master.membership.objects, master.membership.missing) == (2, 0)
+            assert master.membership.behind == 0
+        assert "2 of 2 objects, 0 sections behind" in report_text(report)
+
+
+def test_a_master_that_was_away_is_told_to_be_behind_and_an_empty_one_to_have_nothing() -> None:
+    with Masters("valkey", 3) as masters:
+        _fill(masters.url, 1)
+        with RedisLockedStorage(masters.url) as storage:
+            (away,) = (m for m in storage._node.masters if m.address == _address(masters.servers[0]))  # type: ignore[attr-defined]
+            away.close()
+            away._next_attempt = float("inf")
+            study = optuna.load_study(storage=storage, study_name="s")
+            for _ in range(7):
+                study.ask()
+        report = _examine(masters.url)
+        finding = _one(report, "warn", "sections behind the others")
+        assert finding.address == _address(masters.servers[0])
+        assert int(finding.text.split()[0]) >= 7
+        masters.restart_empty(0)
+        nothing = _one(_examine(masters.url), "warn", "no data of 2 of 2 objects")
+        assert nothing.address == _address(masters.servers[0])
+
+
+def test_another_list_than_the_masters_keep_fails_and_the_right_one_is_told() -> None:
+    with Masters("valkey", 3) as masters:
+        _fill(masters.url, 1)
+        report = _examine(masters.urls[0], masters.urls[2])
+        assert not report.ok
+        for finding in _found(report, "fail"):
+            assert all(_address(server) in finding.text for server in masters.servers)
 
 
 @pytest.mark.parametrize(

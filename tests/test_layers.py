@@ -14,7 +14,7 @@ PACKAGE = Path(optuna_dlock.__file__).parent
 # From the top to the ground.
 LAYERS = {
     "tools": {
-        *("cli", "demo", "demo_view", "demo_worker", "audit", "doctor"),
+        *("cli", "demo", "demo_view", "demo_worker", "audit", "doctor", "doctor_ask", "doctor_view"),
         *("cli_completion", "cli_locks", "cli_output", "cli_report", "cli_studies", "cli_trials"),
         *("report", "report_source", "open_storage", "report_view", "report_run", "watch"),
         *("report_svg", "report_plots", "report_html"),
@@ -89,7 +89,7 @@ def test_an_import_that_points_up_is_seen(line: str) -> None:
 @pytest.mark.parametrize("module", FILES)
 def test_the_architecture_page_names_the_module(module: str) -> None:
     page = (PACKAGE / "README.md").read_text("utf-8")
-    name = next((f"{family}*" for family in ("demo", "report") if module.startswith(family)), module)
+    name = next((f"{group}*" for group in ("demo", "doctor", "report") if module.startswith(group)), module)
     assert module == "__init__" or name in page
 
 

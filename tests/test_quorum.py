@@ -60,11 +60,20 @@ def test_ballots_rise_though_the_clock_goes_back_and_pass_what_others_had() -> N
     times = iter([100.0, 50.0, 50.0, 50.0])
     ballots = Ballots(lambda: next(times))
     first, second = ballots.next(), ballots.next()
-    foreign = "8" + "9" * 15 + "0" * 12
+    foreign = "00008" + "9" * 15 + "0" * 12
     third = ballots.next(foreign)
     assert first < second
-    assert third > foreign[:16]
+    assert third > foreign[:20]
     assert ballots.next() > third
+
+
+def test_a_ballot_of_a_new_epoch_is_above_whatever_clocks_can_make() -> None:
+    fast, slow = Ballots(lambda: 9e9), Ballots(lambda: 1.0)
+    before = fast.next()
+    new = slow.next_epoch(before)
+    assert new > fast.next()
+    assert slow.next() > new
+    assert fast.next(new) > new
 
 
 def test_ballots_of_two_clients_differ_at_the_same_microsecond() -> None:

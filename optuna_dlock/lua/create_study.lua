@@ -14,15 +14,21 @@ if known == ARGV[1] then
 elseif known then
   return {-7, known}
 end
-for i = 4, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 then
-    return {-8, KEYS[i]}
+local begun = ARGV[6] == '1' and redis.call('EXISTS', KEYS[5]) == 1
+if ARGV[6] ~= '1' then
+  for i = 4, #KEYS do
+    if redis.call('EXISTS', KEYS[i]) == 1 then
+      return {-8, KEYS[i]}
+    end
   end
 end
 redis.call('HSETNX', KEYS[3], 'format', ARGV[4])
 redis.call('HSETNX', KEYS[3], 'uid', ARGV[5])
 redis.call('HSET', KEYS[1], ARGV[2], ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+if begun then
+  return {0} -- this master got the study from others before it came to this section
+end
 redis.call('HSET', KEYS[4], 'n', 0, 'base', 0)
 if ARGV[6] == '1' then
   redis.call('HSET', KEYS[5], 'p', '0', 'l', 0, 'a', '0', 's', '0', 'i', '0')

@@ -51,7 +51,7 @@ def test_workers_lose_nothing_while_some_die_and_pause(kind: str, n: int, make_c
         _assert_sound(crew)
 
 
-@pytest.mark.parametrize("kind", KINDS_THAT_COME_BACK)
+@pytest.mark.parametrize("kind", KINDS)
 def test_masters_that_die_pause_and_come_back_empty_are_not_noticed_by_workers(
     kind: str, make_crew: CrewMaker
 ) -> None:
@@ -97,7 +97,7 @@ def test_workers_that_are_cut_off_from_one_master_lose_nothing(make_crew: CrewMa
         _assert_sound(crew)
 
 
-@pytest.mark.parametrize("kind", KINDS_THAT_COME_BACK)
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_masters_may_go_down_and_come_back_with_what_they_kept(kind: str, make_crew: CrewMaker) -> None:
     """A cold start: no run is left to copy from, so each goes on with what it kept."""
     with Masters(kind, 3, appendonly=kind != "keydb", extra=("--appendfsync", "always")) as masters:

@@ -42,7 +42,9 @@ for i = 1, na - 7 do
   args[i] = ARGV[i]
   add(ARGV[i])
 end
+--[keydb] delete_what_came_back(ballots, keys)
 local reply = section(keys, args)
+--[keydb] note_what_is_gone(ballots, keys)
 redis.call('HSET', ballots, 's', string.format('%.0f', f[3] + 1), 'i', ARGV[na - 3])
 if ARGV[na] == 'commit' then
   redis.call('HSET', ballots, 'a', f[1], 'l', 0)

@@ -11,4 +11,7 @@ local keys = {}
 for i = 1, #KEYS - 1 do
   keys[i] = KEYS[i]
 end
-return {0, section(keys, ARGV)}
+--[keydb] delete_what_came_back(KEYS[#KEYS], keys)
+local reply = section(keys, ARGV)
+--[keydb] note_what_is_gone(KEYS[#KEYS], keys)
+return {0, reply}

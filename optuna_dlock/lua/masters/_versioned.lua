@@ -12,4 +12,5 @@ local keys = {}
 for i = 1, #KEYS - 1 do
   keys[i] = KEYS[i]
 end
+--[keydb] delete_what_came_back(KEYS[#KEYS], keys)
 return {0, f[1], f[2], f[3], section(keys, ARGV)}

@@ -3,7 +3,8 @@
 -- ARGV[1] ballot  ARGV[2] ttl in ms
 -- Returns {0, accepted ballot, sequence number, last section, known runs} | {-20} NO_DATA
 --   | {-21, promised ballot} STALE_BALLOT | {-23, promised ballot} LEASED
--- Retry-safe: the same ballot again starts its lease anew.
+-- Retry-safe: the same ballot again starts its lease anew. A client does not wait for a lease of its own (the last 12 digits
+-- of a ballot), of which it has not heard.
 local f = redis.call('HMGET', KEYS[1], 'p', 'l', 'a', 's', 'i', 'k')
 if not f[4] then
   return {-20} -- no data, or not all of it yet: a master that has forgotten must not vote
@@ -14,7 +15,7 @@ if f[1] ~= ARGV[1] then
   if f[1] > ARGV[1] then
     return {-21, f[1]}
   end
-  if tonumber(f[2]) > now then
+  if tonumber(f[2]) > now and string.sub(f[1], -12) ~= string.sub(ARGV[1], -12) then
     return {-23, f[1]}
   end
 end

@@ -15,6 +15,7 @@ if (f[4] or '') ~= ARGV[6] or (f[5] or '') ~= ARGV[7] or (f[3] and f[3] >= ARGV[
   return {-22}
 end
 local n = (#KEYS - 1) / 2
+local keys = {}
 if ARGV[8] ~= '' then
   -- The names of trials' hashes cannot be declared in KEYS: which there are is known here only.
   for _, number in ipairs(redis.call('HKEYS', KEYS[2])) do
@@ -31,7 +32,9 @@ for i = 2, n + 1 do
   if redis.call('EXISTS', KEYS[i + n]) == 1 then
     redis.call('RENAME', KEYS[i + n], KEYS[i])
   end
+  keys[i - 1] = KEYS[i]
 end
+--[keydb] note_what_is_gone(KEYS[1], keys)
 redis.call('HSET', KEYS[1], 'p', ARGV[2], 'l', 0, 'a', ARGV[2], 's', ARGV[3], 'i', ARGV[4], 'k', ARGV[5])
 redis.call('HDEL', KEYS[1], 'r')
 return {0}
