@@ -8,7 +8,7 @@ import numpy as np
 from optuna.study import StudyDirection
 
 from optuna_dlock import report_svg as draw
-from optuna_dlock.report import HostStatistics
+from optuna_dlock.report_hosts import HostStatistics
 from optuna_dlock.report_svg import BOTTOM, LEFT, RIGHT, ROW, TOP, WIDTH, Element, Scale
 
 _BINS = 96

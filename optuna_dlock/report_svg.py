@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
-from optuna_dlock.report import datetime_of
+from optuna_dlock.report_hosts import datetime_of
 
 WIDTH, RIGHT, TOP, BOTTOM = 960, 24, 10, 34
 LEFT = 90  # of a plot whose rows have no names

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from optuna_dlock.report import WINDOW, HostReport, StudyReport
+from optuna_dlock.report import WINDOW, StudyReport
+from optuna_dlock.report_hosts import HostReport
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group

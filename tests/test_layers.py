@@ -17,7 +17,7 @@ LAYERS = {
         *("cli", "demo", "demo_view", "demo_worker", "audit", "doctor", "doctor_ask", "doctor_view"),
         *("cli_completion", "cli_locks", "cli_output", "cli_report", "cli_studies", "cli_trials"),
         *("report", "report_source", "open_storage", "report_view", "report_run", "watch"),
-        *("report_svg", "report_plots", "report_html"),
+        *("report_hosts", "report_svg", "report_plots", "report_html"),
     },
     "facade": {"__init__", "storage"},
     "state": {"studies", "trials", "trial_reads", "cache", "live_trial", "runners", "heartbeats"},

@@ -16,7 +16,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_dlock import Worker
-from optuna_dlock.report import HostReport, HostStatistics, StudyStatistics, seconds_of
+from optuna_dlock.report import StudyStatistics
+from optuna_dlock.report_hosts import HostReport, HostStatistics, seconds_of
 from optuna_dlock.report_view import Report, as_csv, as_json, plain, tables
 
 COMPLETE, PRUNED, FAIL, RUNNING, WAITING = (

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_dlock import RedisLockedStorage, cli, cli_output, cli_report
 from optuna_dlock.errors import DLockError, InvalidURLError, StorageUnavailableError, StudyNotFoundError
 from optuna_dlock.open_storage import open_storage
-from optuna_dlock.report import HostStatistics
+from optuna_dlock.report_hosts import HostStatistics
 from optuna_dlock.report_source import ReportSource
 from tests.masters import Masters
 from tests.servers import Server, find_binary, free_port
