@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import contention, duplicates, locks, masters, report
+from bench import contention, duplicates, locks, masters, report, report_tool
 from bench.environment import describe
 from bench.peers import (
     MYSQL,
@@ -38,8 +38,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Benchmark against other storages; 'python -m bench contention' is the short one for CI, "
-        "'python -m bench masters' that of several masters, 'python -m bench duplicates' that of "
-        "skip_duplicates.",
+        "'python -m bench masters' that of several masters, 'duplicates' that of skip_duplicates, 'report' "
+        "that of the report.",
     )
     parser.add_argument("--quick", action="store_true", help="small numbers, one repeat: a smoke test")
     parser.add_argument("--only", help=f"workloads, comma separated: {','.join(groups())}")
@@ -117,6 +117,8 @@ def main(argv: Sequence[str]) -> int:
         return masters.main(argv[1:])
     if argv[:1] == ["duplicates"]:
         return duplicates.main(argv[1:])
+    if argv[:1] == ["report"]:
+        return report_tool.main(argv[1:])
     options = _arguments(argv)
     with _servers(options) as park:
         environment = describe(park.access.redis_url)

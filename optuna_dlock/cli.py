@@ -14,7 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from optuna_dlock import __version__, cli_completion, cli_locks, cli_studies, cli_trials
+from optuna_dlock import __version__, cli_completion, cli_locks, cli_report, cli_studies, cli_trials
 from optuna_dlock.errors import DLockError, InvalidURLError
 from optuna_dlock.server import server_of_url
 
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("--resume", action="store_true", help="let its trials begin again")
     stop.add_argument("--json", action="store_true", help="print JSON, one object")
     add_command = partial(_command, commands)
-    for module in (cli_studies, cli_trials, cli_locks):
+    for module in (cli_studies, cli_trials, cli_locks, cli_report):
         module.add_to(add_command)
     cli_completion.add_to(add_command, _parser)
     return parser

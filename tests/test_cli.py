@@ -58,7 +58,7 @@ def test_version_names_the_versions_that_a_bug_report_needs() -> None:
         assert version in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "audit"])
+@pytest.mark.parametrize("command", ["demo", "audit", "report", "watch"])
 def test_help_shows_examples_and_exit_codes(command: str) -> None:
     done = _run(command, "--help")
     assert done.returncode == 0
