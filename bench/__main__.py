@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import contention, locks, masters, report
+from bench import contention, locks, masters, report, samplers
 from bench.environment import describe
 from bench.peers import (
     MYSQL,
@@ -38,7 +38,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Benchmark against other storages; 'python -m bench contention' is the short one for CI, "
-        "'python -m bench masters' that of several masters.",
+        "'python -m bench masters' that of several masters, 'python -m bench samplers' that of sampler settings.",
     )
     parser.add_argument("--quick", action="store_true", help="small numbers, one repeat: a smoke test")
     parser.add_argument("--only", help=f"workloads, comma separated: {','.join(groups())}")
@@ -114,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
         return contention.main(argv[1:])
     if argv[:1] == ["masters"]:
         return masters.main(argv[1:])
+    if argv[:1] == ["samplers"]:
+        return samplers.main(argv[1:])
     options = _arguments(argv)
     with _servers(options) as park:
         environment = describe(park.access.redis_url)
