@@ -70,7 +70,7 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
             its password_file cannot be read or is empty.
     """
     if url is None:
-        url = os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        url = _url_from_environment()
     if not isinstance(url, str):
         raise InvalidURLError(
             f"a storage URL is a string such as {_EXAMPLES}; got {type(url).__name__}", url=None
@@ -109,14 +109,20 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
     return Location(redis_url, None, prefix, address)
 
 
-def split_url(url: str) -> list[str]:
+def _url_from_environment() -> str:
+    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+def split_url(url: str | None) -> list[str]:
     """The URL of each master, of a URL that names several: `keydb://m1:6373,m2:6374/0`.
 
-    User, password, database and options hold for all. Hosts are separated by commas after the "@".
+    None takes the same as in `parse_url`. User, password, database and options hold for all. Hosts are separated by commas after the "@".
 
     Raises:
         InvalidURLError: If there are several of these.
     """
+    if url is None:
+        url = _url_from_environment()
     scheme, colon, rest = url.partition("://")
     if not colon or scheme.lower() not in _TCP_SCHEMES:
         return [url]

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.servers import find_binary, free_port
 
@@ -124,7 +126,12 @@ class Stack:
     def command(self, service: str, *args: str, password: str | None = PASSWORD) -> Any:
         """Run one command on a server."""
         client = redis.Redis(
-            "127.0.0.1", self.ports[service], password=password, socket_timeout=10.0, decode_responses=True
+            "127.0.0.1",
+            self.ports[service],
+            password=password,
+            socket_timeout=10.0,
+            decode_responses=True,
+            retry=Retry(NoBackoff(), 0),
         )
         try:
             return client.execute_command(*args)  # type: ignore[no-untyped-call]

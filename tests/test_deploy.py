@@ -35,7 +35,7 @@ def _until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def _script(service: dict[str, Any]) -> str:
@@ -214,12 +214,12 @@ def test_workers_finish_a_study_while_a_server_is_killed_and_its_volume_has_all_
         workers = [_worker(stack, "s", 60) for _ in range(3)]
         try:
             storage = RedisLockedStorage(stack.url)
-            _until(lambda: _count(storage, "s") >= 15)
+            _until(lambda: _count(storage, "s") >= 15 or _ended(workers))
             victim = stack.names[-1]
             stack.kill(victim)
             if name == "valkey-three.yml":  # the others go on
                 reached = _count(storage, "s")
-                _until(lambda: _count(storage, "s") > reached)
+                _until(lambda: _count(storage, "s") > reached or _ended(workers))
             stack.start(victim)
             for worker in workers:
                 errors = worker.communicate(timeout=90)[1]
@@ -242,6 +242,13 @@ def test_workers_finish_a_study_while_a_server_is_killed_and_its_volume_has_all_
             assert optuna.load_study(study_name="s", storage=storage).get_trials() == before
 
 
+def _ended(workers: list[subprocess.Popen[bytes]]) -> bool:
+    """Whether one ended with an error; then it says which."""
+    for worker in workers:
+        assert not worker.poll(), worker.communicate()[1].decode()
+    return False
+
+
 def _count(storage: RedisLockedStorage, study: str) -> int:
     ids = {found.study_name: found._study_id for found in optuna.get_all_study_summaries(storage)}
     return storage.get_n_trials(ids[study], optuna.trial.TrialState.COMPLETE) if study in ids else 0
@@ -254,7 +261,7 @@ def test_a_worker_that_gets_the_stop_signal_of_its_service_finishes_its_trial() 
         worker = _worker(stack, "s", 10**6)
         try:
             with RedisLockedStorage(stack.url) as storage:
-                _until(lambda: _count(storage, "s") >= 3)
+                _until(lambda: _count(storage, "s") >= 3 or _ended([worker]))
                 worker.send_signal(signal.Signals[service["stop_signal"]])
                 errors = worker.communicate(timeout=60)[1]
                 assert worker.returncode == 0, errors.decode()

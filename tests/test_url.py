@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from optuna_dlock.errors import DLockError, InvalidURLError
+from optuna_dlock.server import server_of_url
 from optuna_dlock.url import DEFAULT_URL, URL_VARIABLE, parse_url, split_url
 
 SECRET = "s3cret"  # noqa: S105 -- what must not be shown
@@ -300,6 +301,15 @@ def test_no_error_shows_a_password(url: str) -> None:
 )
 def test_a_url_of_several_masters_is_one_url_for_each(url: str, split: list[str]) -> None:
     assert split_url(url) == split
+
+
+def test_several_masters_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URL_VARIABLE, "keydb://m2:1,m1:2/0?prefix=p")
+    server = server_of_url(None, None)
+    assert [master.address for master in server.masters] == ["m1:2", "m2:1"]
+    assert server.prefix == "p"
+    monkeypatch.delenv(URL_VARIABLE)
+    assert split_url(None) == [DEFAULT_URL]
 
 
 def test_users_named_more_than_once_are_refused_and_not_shown() -> None:
