@@ -141,7 +141,10 @@ TPE_SETTINGS: dict[str, _Make] = {
 }
 GENETIC_SETTINGS: dict[str, _Make] = {
     "random": lambda workers, worker: RandomSampler(),
-    **{f"NSGA-II, population {size}": _population(NSGAIISampler, size) for size in (25, 50, 100, 200, 500, 1000)},
+    **{
+        f"NSGA-II, population {size}": _population(NSGAIISampler, size)
+        for size in (25, 50, 100, 200, 500, 1000)
+    },
     "cluster_sampler('nsgaii')": _cluster("nsgaii"),
     **{f"NSGA-III, population {size}": _population(NSGAIIISampler, size) for size in (50, 100, 500)},
     "cluster_sampler('nsgaiii')": _cluster("nsgaiii"),
@@ -159,7 +162,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=7, help="runs of each setting; the median counts")
     parser.add_argument("--only", default="", help="settings and problems whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="one run with a fifth of the trials: a smoke test")
+    parser.add_argument(
+        "--quick", action="store_true", help="one run with a fifth of the trials: a smoke test"
+    )
     options = parser.parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -196,9 +201,7 @@ def _report(url: str, problem: Problem, settings: dict[str, _Make], options: arg
         )
 
 
-def run(
-    url: str, problem: Problem, make: _Make, workers: int, trials: int
-) -> list[optuna.trial.FrozenTrial]:
+def run(url: str, problem: Problem, make: _Make, workers: int, trials: int) -> list[optuna.trial.FrozenTrial]:
     """All trials of a study that so many processes worked off together."""
     prefix = f"samplers{next(_numbers)}"
     with RedisLockedStorage(url, prefix=prefix) as storage:

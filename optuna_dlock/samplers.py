@@ -1,6 +1,96 @@
-"""tmp"""
-from optuna.samplers import *
-def cluster_sampler(name, *, workers, **kw):
-    if name=="tpe": return TPESampler(constant_liar=True, multivariate=True)
-    if name=="nsgaii": return NSGAIISampler(population_size=100)
-    return NSGAIIISampler(population_size=100)
+"""Optuna's samplers with settings for many workers; `python -m bench samplers` measures what they do."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import numpy as np
+from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
+
+Name = Literal["tpe", "nsgaii", "nsgaiii", "random"]
+
+_KINDS: dict[str, type[BaseSampler]] = {
+    "tpe": TPESampler,
+    "nsgaii": NSGAIISampler,
+    "nsgaiii": NSGAIIISampler,
+    "random": RandomSampler,
+}
+_SMALLEST_STARTUP = 10  # Optuna's default, as is the next
+_SMALLEST_POPULATION = 50
+
+
+def cluster_sampler(
+    name: Name, *, workers: int, seed: int | None = None, worker: int | None = None, **overrides: Any
+) -> BaseSampler:
+    """A sampler of Optuna with settings for a study that many workers share.
+
+    It is the plain class of Optuna, given these arguments and `overrides`; there is no state behind it, and it
+    works with any storage. Every worker makes its own.
+
+    ============= ===================== ======================== =================================================
+    sampler       argument              value                    why
+    ============= ===================== ======================== =================================================
+    tpe           constant_liar         True                     else workers do not see what others try just now
+                                                                 (Optuna 5: its default; 4: False)
+    tpe           multivariate          Optuna 5: its default    True for one objective: parameters are drawn
+                                        (None); 4: True          together, so that others see all of a running
+                                                                 trial at once. On Optuna 4 and with several
+                                                                 objectives pass multivariate=False
+    tpe           n_startup_trials      max(10, workers)         every worker's first trial is random anyway;
+                                                                 more than that did not help
+    nsgaii, -iii  population_size       max(50, 4 * workers)     a generation ends with trials that began before
+                                                                 it: up to one per worker is bred from older
+                                                                 parents
+    random        none
+    ============= ===================== ======================== =================================================
+
+    `n_ei_candidates` stays: more candidates find the same peak more surely, so that more points are repeated.
+    There is no "qmc": Optuna's QMCSampler counts its points in a study attribute that it reads and then
+    writes, so that workers draw the same ones.
+
+    Args:
+        name: "tpe", "nsgaii", "nsgaiii" or "random".
+        workers: How many workers run trials of the study at the same time, over all hosts.
+        seed: Makes the random stream repeatable (not the study: that depends on who is faster). Needs `worker`.
+        worker: Which worker this is, from 0 to workers - 1. Together with `seed` it gives a stream that no other
+            worker has. Without a seed each process takes one from its operating system.
+        overrides: Arguments of the sampler's class; they go before the table's.
+
+    Raises:
+        ValueError: If the name is unknown, `workers` is less than 1, or a seed has no worker or one out of range.
+        TypeError: If an override is none of that class.
+    """
+    if name not in _KINDS:
+        hint = ": its points are the same in several workers" if name == "qmc" else ""
+        raise ValueError(f"no cluster sampler {name!r}{hint}; known: {', '.join(_KINDS)}")
+    if workers < 1:
+        raise ValueError(f"workers={workers}: a study has one worker at least")
+    return _KINDS[name](seed=_seed(seed, worker, workers), **{**_settings(name, workers), **overrides})
+
+
+def _settings(name: str, workers: int) -> dict[str, Any]:
+    if name == "tpe":
+        settings: dict[str, Any] = {
+            "constant_liar": True,
+            "n_startup_trials": max(_SMALLEST_STARTUP, workers),
+        }
+        if inspect.signature(TPESampler).parameters["multivariate"].default is False:  # before Optuna 5
+            settings["multivariate"] = True
+        return settings
+    if name in ("nsgaii", "nsgaiii"):
+        return {"population_size": max(_SMALLEST_POPULATION, 4 * workers)}
+    return {}
+
+
+def _seed(seed: int | None, worker: int | None, workers: int) -> int | None:
+    """A seed for one worker; the same seed in two would make them propose the same points."""
+    if seed is None:
+        return None
+    if worker is None:
+        raise ValueError(
+            "seed=… needs worker=…: with the same seed all workers would propose the same points"
+        )
+    if not 0 <= worker < workers:
+        raise ValueError(f"worker={worker} is not one of 0..{workers - 1}")
+    return int(np.random.SeedSequence(seed, spawn_key=(worker,)).generate_state(1)[0])

@@ -179,7 +179,9 @@ def _read_password(path: str, url: str) -> str:
         with open(path, encoding="utf-8") as file:
             password = file.read().rstrip("\r\n")
     except OSError as error:
-        raise InvalidURLError(f"cannot read password_file {path!r}: {error.strerror}", url=_shown(url)) from None
+        raise InvalidURLError(
+            f"cannot read password_file {path!r}: {error.strerror}", url=_shown(url)
+        ) from None
     except UnicodeDecodeError:  # the error would quote the file
         raise InvalidURLError(f"password_file {path!r} is no UTF-8 text", url=_shown(url)) from None
     if not password:

@@ -103,9 +103,7 @@ class Stack:
 
     def start(self, service: str) -> None:
         """Start a server by its command line; returns when it answers to the password."""
-        command = [
-            self.translate(word, service) for word in self.definition["services"][service]["command"]
-        ]
+        command = [self.translate(word, service) for word in self.definition["services"][service]["command"]]
         with open(self.folder / f"{service}.log", "ab") as log:
             self.processes[service] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment

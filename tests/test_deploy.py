@@ -105,9 +105,7 @@ def test_each_variable_has_a_default_and_is_listed_at_the_top(name: str) -> None
 def test_the_places_of_the_masters_are_the_notes_and_can_be_changed() -> None:
     def places(**variables: str) -> list[str]:
         services = read_stack("keydb-pair.yml", **variables)["services"]
-        return [
-            services[name]["deploy"]["placement"]["constraints"][0] for name in ("keydb1", "keydb2")
-        ]
+        return [services[name]["deploy"]["placement"]["constraints"][0] for name in ("keydb1", "keydb2")]
 
     assert places() == ["node.hostname == m8", "node.hostname == m10"]
     assert places(KEYDB2_ON="node.labels.disk == ssd")[1] == "node.labels.disk == ssd"
@@ -187,7 +185,10 @@ def test_the_doctor_finds_nothing_that_rules_a_server_out(running: Stack) -> Non
     if running.names[0].startswith("valkey"):
         assert warned == []
     else:  # it cannot have an append-only file, and two masters stop when either is down
-        assert sorted(text.partition(":")[0] for text in warned) == ["2 masters", *["no append-only file"] * 2]
+        assert sorted(text.partition(":")[0] for text in warned) == [
+            "2 masters",
+            *["no append-only file"] * 2,
+        ]
 
 
 def _replication(stack: Stack, name: str) -> str:
@@ -197,7 +198,11 @@ def _replication(stack: Stack, name: str) -> str:
 
 def _worker(stack: Stack, study: str, trials: int) -> subprocess.Popen[bytes]:
     """The worker program of the image, with the environment of its service."""
-    variables = {**stack.definition["services"]["worker"]["environment"], "STUDY": study, "TRIALS": str(trials)}
+    variables = {
+        **stack.definition["services"]["worker"]["environment"],
+        "STUDY": study,
+        "TRIALS": str(trials),
+    }
     environment = {name: stack.translate(value) for name, value in variables.items()}
     return subprocess.Popen(
         [sys.executable, str(DEPLOY / "worker.py")],

@@ -13,7 +13,7 @@ import optuna_dlock
 PACKAGE = Path(optuna_dlock.__file__).parent
 # From the top to the ground.
 LAYERS = {
-    "tools": {"cli", "demo", "demo_view", "demo_worker", "audit", "doctor"},
+    "tools": {"cli", "demo", "demo_view", "demo_worker", "audit", "doctor", "samplers"},
     "facade": {"__init__", "storage"},
     "state": {"studies", "trials", "trial_reads", "cache", "live_trial"},
     "exclusion": {"section", "lock", "lease", "distributed_lock", "pottery_lock", "ensemble_lock"},
