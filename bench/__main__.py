@@ -38,7 +38,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Benchmark against other storages; 'python -m bench contention' is the short one for CI, "
-        "'python -m bench masters' that of several masters, 'python -m bench samplers' that of sampler settings.",
+        "'python -m bench masters' that of several masters, 'python -m bench samplers' that of settings of "
+        "samplers.",
     )
     parser.add_argument("--quick", action="store_true", help="small numbers, one repeat: a smoke test")
     parser.add_argument("--only", help=f"workloads, comma separated: {','.join(groups())}")

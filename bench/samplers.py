@@ -231,7 +231,7 @@ def _work(
 ) -> None:
     storage = RedisLockedStorage(url, prefix=prefix)
     study = optuna.load_study(storage=storage, study_name=prefix, sampler=make(workers, worker))
-    chance = random.Random()  # noqa: S311  # durations only
+    chance = random.Random()  # durations only
 
     def objective(trial: optuna.Trial) -> Any:
         value = problem.objective(trial)

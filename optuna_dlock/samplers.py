@@ -25,40 +25,36 @@ def cluster_sampler(
 ) -> BaseSampler:
     """A sampler of Optuna with settings for a study that many workers share.
 
-    It is the plain class of Optuna, given these arguments and `overrides`; there is no state behind it, and it
-    works with any storage. Every worker makes its own.
+    It is the plain class of Optuna with these arguments and `overrides`, and works with any storage. Every worker
+    makes its own.
 
-    ============= ===================== ======================== =================================================
-    sampler       argument              value                    why
-    ============= ===================== ======================== =================================================
-    tpe           constant_liar         True                     else workers do not see what others try just now
-                                                                 (Optuna 5: its default; 4: False)
-    tpe           multivariate          Optuna 5: its default    True for one objective: parameters are drawn
-                                        (None); 4: True          together, so that others see all of a running
-                                                                 trial at once. On Optuna 4 and with several
-                                                                 objectives pass multivariate=False
-    tpe           n_startup_trials      max(10, workers)         every worker's first trial is random anyway;
-                                                                 more than that did not help
-    nsgaii, -iii  population_size       max(50, 4 * workers)     a generation ends with trials that began before
-                                                                 it: up to one per worker is bred from older
-                                                                 parents
-    random        none
-    ============= ===================== ======================== =================================================
+    ============  ================  =====================  ===================================================
+    sampler       argument          value                  why
+    ============  ================  =====================  ===================================================
+    tpe           constant_liar     True                   else nobody sees what others are trying just now
+                                                           (Optuna 5 does so by default, 4 does not)
+    tpe           multivariate      Optuna 5: its default  one objective: all parameters are drawn at once, so
+                                    (None); 4: True        that others see the whole of a running trial
+    tpe           n_startup_trials  max(10, workers)       the first trial of each worker is random anyway
+    nsgaii, -iii  population_size   max(50, 4 * workers)   a generation gets one trial per worker more, bred
+                                                           from the parents before: keep their share small
+    random                                                 nothing to set
+    ============  ================  =====================  ===================================================
 
-    `n_ei_candidates` stays: more candidates find the same peak more surely, so that more points are repeated.
-    There is no "qmc": Optuna's QMCSampler counts its points in a study attribute that it reads and then
-    writes, so that workers draw the same ones.
+    With several objectives on Optuna 4 pass multivariate=False. `n_ei_candidates` stays as it is: more candidates
+    find the same peak more surely, and more points are tried twice. There is no "qmc": Optuna's QMCSampler counts
+    its points in a study attribute that it reads and then writes, so that several workers draw the same one.
 
     Args:
         name: "tpe", "nsgaii", "nsgaiii" or "random".
         workers: How many workers run trials of the study at the same time, over all hosts.
-        seed: Makes the random stream repeatable (not the study: that depends on who is faster). Needs `worker`.
-        worker: Which worker this is, from 0 to workers - 1. Together with `seed` it gives a stream that no other
-            worker has. Without a seed each process takes one from its operating system.
+        seed: Makes the random stream repeatable, not the study: that depends on who is faster. Needs `worker`.
+        worker: Which worker this is, from 0 to workers - 1: no other has the same stream. Without a seed the
+            operating system gives each process another one.
         overrides: Arguments of the sampler's class; they go before the table's.
 
     Raises:
-        ValueError: If the name is unknown, `workers` is less than 1, or a seed has no worker or one out of range.
+        ValueError: If the name is unknown, `workers` less than 1, or the worker of a seed missing or out of range.
         TypeError: If an override is none of that class.
     """
     if name not in _KINDS:

@@ -21,7 +21,8 @@ _TCP_SCHEMES = {
     "keydbs": "rediss",
 }
 _EXAMPLES = "redis://host:6379/0, rediss://…, valkey://…, keydb://…, unix:///path/to.sock, embedded:PATH"
-# What may follow "?": our own `prefix` and `password_file`, and these options of the client, passed on as they are.
+# What may follow "?": our own `prefix` and `password_file`, and these options of the client, passed on as
+# they are.
 _CLIENT_OPTIONS = frozenset(
     (
         *("db", "username", "password", "client_name"),
@@ -116,7 +117,8 @@ def _url_from_environment() -> str:
 def split_url(url: str | None) -> list[str]:
     """The URL of each master, of a URL that names several: `keydb://m1:6373,m2:6374/0`.
 
-    None takes the same as in `parse_url`. User, password, database and options hold for all. Hosts are separated by commas after the "@".
+    None takes the same as in `parse_url`. User, password, database and options hold for all. Hosts are separated
+    by commas after the "@".
 
     Raises:
         InvalidURLError: If there are several of these.

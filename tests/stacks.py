@@ -1,8 +1,8 @@
 """The stacks of `deploy/` without Docker: their very command lines on this machine, on loopback.
 
-What is translated, and nothing else: `/data` and `/run/secrets` to temporary folders, `0.0.0.0` to 127.0.0.1,
-port 6379 of a service to a free one, a service's name before a port to 127.0.0.1. Program names are found in a
-folder of links that goes first on PATH: `valkey-cli` and `keydb-cli` are whichever client there is.
+What is translated, and nothing else: `/data` and `/run/secrets` to temporary folders, `0.0.0.0` to
+127.0.0.1, port 6379 of a service to a free one, a service's name before a port to 127.0.0.1. Program names
+are found in a folder of links that goes first on PATH: `valkey-cli` and `keydb-cli` are whichever client there is.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def needs(name: str) -> None:
 
 
 class Stack:
-    """The servers of a stack; used as a context manager it starts them, and in the end kills and removes them."""
+    """The servers of a stack; as a context manager it starts them, and in the end kills and removes them."""
 
     def __init__(self, name: str) -> None:
         self.definition = read_stack(name)
@@ -89,7 +89,8 @@ class Stack:
         if service is not None:
             text = re.sub(r"\b6379\b", str(self.ports[service]), text)
             text = text.replace("/data", str(self.folder / service))
-        return text.replace("/run/secrets", str(self.folder / "secrets")).replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+        text = text.replace("/run/secrets", str(self.folder / "secrets"))
+        return text.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
 
     @property
     def url(self) -> str:

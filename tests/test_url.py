@@ -341,8 +341,10 @@ def test_a_password_comes_from_the_file_that_is_named(base: str, content: str, t
 
 
 def test_a_password_in_a_file_needs_no_percent_signs(tmp_path: Path) -> None:
-    (tmp_path / "p").write_text(" a/b@c:d?e#f&g%20+h=ü ", "utf-8")
-    assert _client_options(f"redis://host?password_file={tmp_path}/p")["password"] == " a/b@c:d?e#f&g%20+h=ü "
+    content = " a/b@c:d?e#f&g%20+h=ü "
+    (tmp_path / "p").write_text(content, "utf-8")
+    options = _client_options(f"redis://host?password_file={tmp_path}/p")
+    assert options["password"] == content
 
 
 def test_one_password_file_holds_for_all_masters(tmp_path: Path) -> None:
