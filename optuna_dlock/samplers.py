@@ -25,8 +25,8 @@ def cluster_sampler(
 ) -> BaseSampler:
     """A sampler of Optuna with settings for a study that many workers share.
 
-    It is the plain class of Optuna with these arguments and `overrides`, and works with any storage. Every worker
-    makes its own.
+    It is the plain class of Optuna with these arguments and `overrides`, and works with any storage. Every
+    worker makes its own.
 
     ============  ================  =====================  ===================================================
     sampler       argument          value                  why
@@ -41,20 +41,23 @@ def cluster_sampler(
     random                                                 nothing to set
     ============  ================  =====================  ===================================================
 
-    With several objectives on Optuna 4 pass multivariate=False. `n_ei_candidates` stays as it is: more candidates
-    find the same peak more surely, and more points are tried twice. There is no "qmc": Optuna's QMCSampler counts
-    its points in a study attribute that it reads and then writes, so that several workers draw the same one.
+    With several objectives on Optuna 4 pass multivariate=False. `n_ei_candidates` stays as it is: more
+    candidates find the same peak more surely, and more points are tried twice. There is no "qmc": Optuna's
+    QMCSampler counts its points in a study attribute that it reads and then writes, so that several workers
+    draw the same one.
 
     Args:
         name: "tpe", "nsgaii", "nsgaiii" or "random".
         workers: How many workers run trials of the study at the same time, over all hosts.
-        seed: Makes the random stream repeatable, not the study: that depends on who is faster. Needs `worker`.
+        seed: Makes the random stream repeatable, not the study: that depends on who is faster. Needs
+            `worker`.
         worker: Which worker this is, from 0 to workers - 1: no other has the same stream. Without a seed the
             operating system gives each process another one.
         overrides: Arguments of the sampler's class; they go before the table's.
 
     Raises:
-        ValueError: If the name is unknown, `workers` less than 1, or the worker of a seed missing or out of range.
+        ValueError: If the name is unknown, `workers` less than 1, or the worker of a seed missing or out of
+            range.
         TypeError: If an override is none of that class.
     """
     if name not in _KINDS:

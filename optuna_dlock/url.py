@@ -117,8 +117,8 @@ def _url_from_environment() -> str:
 def split_url(url: str | None) -> list[str]:
     """The URL of each master, of a URL that names several: `keydb://m1:6373,m2:6374/0`.
 
-    None takes the same as in `parse_url`. User, password, database and options hold for all. Hosts are separated
-    by commas after the "@".
+    None takes the same as in `parse_url`. User, password, database and options hold for all. Hosts are
+    separated by commas after the "@".
 
     Raises:
         InvalidURLError: If there are several of these.

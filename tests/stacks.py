@@ -2,7 +2,8 @@
 
 What is translated, and nothing else: `/data` and `/run/secrets` to temporary folders, `0.0.0.0` to
 127.0.0.1, port 6379 of a service to a free one, a service's name before a port to 127.0.0.1. Program names
-are found in a folder of links that goes first on PATH: `valkey-cli` and `keydb-cli` are whichever client there is.
+are found in a folder of links that goes first on PATH: `valkey-cli` and `keydb-cli` are whichever client
+there is.
 """
 
 from __future__ import annotations
