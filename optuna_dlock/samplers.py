@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from optuna.samplers import BaseSampler, NSGAIIISampler, NSGAIISampler, RandomSa
 
 Name = Literal["tpe", "nsgaii", "nsgaiii", "random"]
 
-_KINDS: dict[str, type[BaseSampler]] = {
+_KINDS: dict[str, Callable[..., BaseSampler]] = {
     "tpe": TPESampler,
     "nsgaii": NSGAIISampler,
     "nsgaiii": NSGAIIISampler,
@@ -61,7 +62,7 @@ def cluster_sampler(
         TypeError: If an override is none of that class.
     """
     if name not in _KINDS:
-        hint = ": its points are the same in several workers" if name == "qmc" else ""
+        hint = ": its points are the same in several workers" if str(name) == "qmc" else ""
         raise ValueError(f"no cluster sampler {name!r}{hint}; known: {', '.join(_KINDS)}")
     if workers < 1:
         raise ValueError(f"workers={workers}: a study has one worker at least")
