@@ -15,7 +15,7 @@ from typing import Any
 
 from optuna_dlock import __version__
 from optuna_dlock.errors import DLockError, InvalidURLError
-from optuna_dlock.url import parse_url
+from optuna_dlock.url import parse_url, split_url
 
 OK, FAILED, USAGE = 0, 1, 2
 # A tool that somebody waits for gives up sooner than a worker does.
@@ -151,7 +151,7 @@ def _audit(args: argparse.Namespace) -> int:
     from optuna_dlock import RedisLockedStorage
     from optuna_dlock.audit import audit_numbers, zombies
 
-    folder = parse_url(args.url).embedded_path
+    folder = parse_url(split_url(args.url)[0]).embedded_path
     if folder is not None and not os.path.exists(folder):
         # Opening it would create it, and then find it in order.
         raise InvalidURLError(f"there is no embedded storage at {folder}", url=args.url)

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 import pytest
 
-from optuna_dlock import AccessDeniedError, RedisLockedStorage
+from optuna_dlock import AccessDeniedError, RedisLockedStorage, cli
 from optuna_dlock.doctor import examine
 from tests.stacks import DEPLOY, PASSWORD, STACKS, Stack, masters_of, needs, read_stack
 
@@ -178,9 +178,11 @@ def test_the_health_check_passes_and_fails_when_it_should(running: Stack) -> Non
 def test_the_doctor_finds_nothing_that_rules_a_server_out(running: Stack) -> None:
     if len(running.names) == 2:
         _until(lambda: all("link_status:down" not in _replication(running, name) for name in running.names))
+    assert cli.main(["audit", running.url]) == 0
     report = examine([running.url], 10.0)
     assert [master.error for master in report.masters] == [None] * len(running.names)
     assert report.ok
+    assert "appendonly yes" not in " ".join(finding.change for finding in report.findings)
     warned = [finding.text for finding in report.findings if finding.level == "warn"]
     if running.names[0].startswith("valkey"):
         assert warned == []
