@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,47 +199,73 @@ def _replication(stack: Stack, name: str) -> str:
     return "\n".join(f"{key}:{value}" for key, value in info.items()) if isinstance(info, dict) else str(info)
 
 
-def _worker(stack: Stack, study: str, trials: int) -> subprocess.Popen[bytes]:
+class _Worker:
     """The worker program of the image, with the environment of its service."""
-    variables = {
-        **stack.definition["services"]["worker"]["environment"],
-        "STUDY": study,
-        "TRIALS": str(trials),
-    }
-    environment = {name: stack.translate(value) for name, value in variables.items()}
-    return subprocess.Popen(
-        [sys.executable, str(DEPLOY / "worker.py")],
-        env={**stack.environment, "PYTHONPATH": str(DEPLOY.parent), **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+
+    def __init__(self, stack: Stack, trials: int) -> None:
+        service = stack.definition["services"]["worker"]
+        variables = {**service["environment"], "STUDY": "s", "TRIALS": str(trials)}
+        self._stop_signal = signal.Signals[service["stop_signal"]]
+        self._log = Path(tempfile.mkstemp(dir=stack.folder)[1])
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(DEPLOY / "worker.py")],
+                env={
+                    **stack.environment,
+                    "PYTHONPATH": str(DEPLOY.parent),
+                    **{name: stack.translate(value) for name, value in variables.items()},
+                },
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self) -> None:
+        """Send the signal that Docker sends first."""
+        self._process.send_signal(self._stop_signal)
+
+    def wait(self) -> None:
+        """Return when it has ended well."""
+        assert self._process.wait(90) == 0, self._log.read_text("utf-8")[-2000:]
+
+    def has_begun(self) -> bool:
+        """Whether it has told of a trial: before it takes trials a signal ends it at once."""
+        return not self.check() and "finished with value" in self._log.read_text("utf-8")
+
+    def check(self) -> bool:
+        """False; an error if it has ended badly."""
+        assert not self._process.poll(), self._log.read_text("utf-8")[-2000:]
+        return False
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_workers_finish_a_study_while_a_server_is_killed_and_its_volume_has_all_of_it(name: str) -> None:
+def test_workers_go_on_after_a_server_was_killed_and_its_volume_has_all_of_it(name: str) -> None:
     needs(name)
     with Stack(name) as stack:
-        workers = [_worker(stack, "s", 60) for _ in range(3)]
+        workers = [_Worker(stack, 10**6) for _ in range(3)]
         try:
             storage = RedisLockedStorage(stack.url)
             _until(lambda: _count(storage, "s") >= 15 or _ended(workers))
             victim = stack.names[-1]
             stack.kill(victim)
             if name == "valkey-three.yml":  # the others go on
-                reached = _count(storage, "s")
-                _until(lambda: _count(storage, "s") > reached or _ended(workers))
+                _until_more(storage, workers)
             stack.start(victim)
+            _until_more(storage, workers)
+            _until(lambda: all(worker.has_begun() for worker in workers))
             for worker in workers:
-                errors = worker.communicate(timeout=90)[1]
-                assert worker.returncode == 0, errors.decode()
+                worker.stop()
+            for worker in workers:
+                worker.wait()
         finally:
             for worker in workers:
                 worker.kill()
-                worker.wait()
         study = optuna.load_study(study_name="s", storage=storage)
         before = study.get_trials()
         storage.close()
-        assert len(before) >= 60
         assert [trial.number for trial in before] == list(range(len(before)))
         assert all(trial.state.is_finished() for trial in before)
         for master in stack.names:  # the way `docker stack rm` ends them
@@ -249,11 +276,14 @@ def test_workers_finish_a_study_while_a_server_is_killed_and_its_volume_has_all_
             assert optuna.load_study(study_name="s", storage=storage).get_trials() == before
 
 
-def _ended(workers: list[subprocess.Popen[bytes]]) -> bool:
-    """Whether one ended with an error; then it says which."""
-    for worker in workers:
-        assert not worker.poll(), worker.communicate()[1].decode()
-    return False
+def _until_more(storage: RedisLockedStorage, workers: list[_Worker]) -> None:
+    reached = _count(storage, "s") + 10
+    _until(lambda: _count(storage, "s") >= reached or _ended(workers))
+
+
+def _ended(workers: list[_Worker]) -> bool:
+    """False; an error if one has ended badly."""
+    return any(worker.check() for worker in workers)
 
 
 def _count(storage: RedisLockedStorage, study: str) -> int:
@@ -264,19 +294,25 @@ def _count(storage: RedisLockedStorage, study: str) -> int:
 def test_a_worker_that_gets_the_stop_signal_of_its_service_finishes_its_trial() -> None:
     needs("valkey.yml")
     with Stack("valkey.yml") as stack:
-        service = stack.definition["services"]["worker"]
-        worker = _worker(stack, "s", 10**6)
+        worker = _Worker(stack, 10**6)
         try:
             with RedisLockedStorage(stack.url) as storage:
-                _until(lambda: _count(storage, "s") >= 3 or _ended([worker]))
-                worker.send_signal(signal.Signals[service["stop_signal"]])
-                errors = worker.communicate(timeout=60)[1]
-                assert worker.returncode == 0, errors.decode()
+                _until(worker.has_begun)
+                worker.stop()
+                worker.wait()
                 trials = optuna.load_study(study_name="s", storage=storage).get_trials()
         finally:
             worker.kill()
-            worker.wait()
         assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE}
+
+
+def test_a_worker_ends_when_the_study_has_its_trials() -> None:
+    needs("valkey.yml")
+    with Stack("valkey.yml") as stack:
+        worker = _Worker(stack, 5)
+        worker.wait()
+        with RedisLockedStorage(stack.url) as storage:
+            assert _count(storage, "s") == 5
 
 
 # -- without Docker ----------------------------------------------------------------------------------
