@@ -35,18 +35,18 @@ def test_it_is_the_plain_sampler_of_optuna_and_works(name: Any, kind: type) -> N
     assert len(set(_draws(sampler, 60))) > 1
 
 
-@pytest.mark.parametrize(("workers", "startup"), [(1, 10), (10, 10), (11, 11), (64, 64)])
-def test_tpe_has_the_settings_of_the_table(workers: int, startup: int) -> None:
+@pytest.mark.parametrize("workers", [1, 64])
+def test_tpe_has_the_settings_of_the_table(workers: int) -> None:
     sampler: Any = cluster_sampler("tpe", workers=workers)
     assert sampler._constant_liar is True
     assert sampler._multivariate is (None if IS_OPTUNA_5 else True)
-    assert sampler._n_startup_trials == startup
+    assert sampler._n_startup_trials == 10
     assert sampler._n_ei_candidates == 24
 
 
 @pytest.mark.parametrize("name", ["nsgaii", "nsgaiii"])
-@pytest.mark.parametrize(("workers", "size"), [(1, 50), (12, 50), (13, 52), (200, 800)])
-def test_a_population_is_four_times_the_workers(name: Any, workers: int, size: int) -> None:
+@pytest.mark.parametrize(("workers", "size"), [(1, 50), (50, 50), (51, 51), (200, 200)])
+def test_a_population_is_no_smaller_than_the_crew(name: Any, workers: int, size: int) -> None:
     sampler: Any = cluster_sampler(name, workers=workers)
     assert sampler._population_size == size
 
@@ -54,7 +54,7 @@ def test_a_population_is_four_times_the_workers(name: Any, workers: int, size: i
 def test_the_table_tells_all_settings() -> None:
     doc = cluster_sampler.__doc__ or ""
     told = set(re.findall(r"^ {4}(?:tpe|nsgaii, -iii) +(\w+)", doc, re.MULTILINE))
-    assert told == {"constant_liar", "multivariate", "n_startup_trials", "population_size"}
+    assert told == {"constant_liar", "multivariate", "population_size"}
 
 
 def test_overrides_go_before_the_table_and_unknown_ones_are_refused() -> None:
