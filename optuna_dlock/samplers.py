@@ -42,9 +42,9 @@ def cluster_sampler(
     ============  ===============  =====================  ==============================================
 
     With several objectives on Optuna 4 pass multivariate=False. Often advised and left alone, as the
-    benchmark with 16 workers did not show that it helps: a larger `n_startup_trials` (somewhat fewer repeated
-    points, a worse result), a larger `n_ei_candidates` (no steady effect), populations of 500 and more (far
-    worse after 2 000 trials).
+    benchmark with 16 workers did not show that it helps: a larger `n_startup_trials` (few more distinct
+    points, no better result), a larger `n_ei_candidates` (no steady effect), populations of 500 and more (no
+    better than random search after 2 000 trials).
 
     There is no "qmc": Optuna's QMCSampler counts its points in a study attribute that it reads and then
     writes, so that several workers draw the same one.
