@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import contention, duplicates, locks, masters, report, report_tool
+from bench import contention, duplicates, locks, masters, report, report_tool, samplers
 from bench.environment import describe
 from bench.peers import (
     MYSQL,
@@ -39,7 +39,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m bench",
         description="Benchmark against other storages; 'python -m bench contention' is the short one for CI, "
         "'python -m bench masters' that of several masters, 'duplicates' that of skip_duplicates, 'report' "
-        "that of the report.",
+        "that of the report, 'samplers' that of settings of samplers.",
     )
     parser.add_argument("--quick", action="store_true", help="small numbers, one repeat: a smoke test")
     parser.add_argument("--only", help=f"workloads, comma separated: {','.join(groups())}")
@@ -111,14 +111,15 @@ def _servers(options: argparse.Namespace) -> Iterator[_Park]:
 
 def main(argv: Sequence[str]) -> int:
     """Run and report; a benchmark only reports, so 0 unless it cannot start."""
-    if argv[:1] == ["contention"]:
-        return contention.main(argv[1:])
-    if argv[:1] == ["masters"]:
-        return masters.main(argv[1:])
-    if argv[:1] == ["duplicates"]:
-        return duplicates.main(argv[1:])
-    if argv[:1] == ["report"]:
-        return report_tool.main(argv[1:])
+    others = {
+        "contention": contention.main,
+        "masters": masters.main,
+        "duplicates": duplicates.main,
+        "report": report_tool.main,
+        "samplers": samplers.main,
+    }
+    if argv and argv[0] in others:
+        return others[argv[0]](argv[1:])
     options = _arguments(argv)
     with _servers(options) as park:
         environment = describe(park.access.redis_url)

@@ -30,6 +30,7 @@ from optuna_dlock.errors import (
 )
 from optuna_dlock.graceful_stop import graceful_stop
 from optuna_dlock.grid_sampler import ClusterGridSampler
+from optuna_dlock.samplers import cluster_sampler
 from optuna_dlock.skipping import claim_or_skip, skip_duplicates
 from optuna_dlock.step_range import step_range
 from optuna_dlock.storage import RedisLockedStorage
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RedisLockedStorage",
     "TrialBudget",
+    "cluster_sampler",
     "ClusterGridSampler",
     "DistributedLock",
     "skip_duplicates",

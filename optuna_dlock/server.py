@@ -90,7 +90,7 @@ def server_of_url(url: str | Sequence[str] | None, prefix: str | None) -> Server
 
 
 def _split(url: str | None) -> Sequence[str | None]:
-    return split_url(url) if isinstance(url, str) else [url]
+    return split_url(url) if url is None or isinstance(url, str) else [url]
 
 
 def server_of_client(client: redis.Redis, prefix: str | None) -> Server:

@@ -21,7 +21,8 @@ _TCP_SCHEMES = {
     "keydbs": "rediss",
 }
 _EXAMPLES = "redis://host:6379/0, rediss://…, valkey://…, keydb://…, unix:///path/to.sock, embedded:PATH"
-# What may follow "?": our own `prefix`, and these options of the client, passed on as they are.
+# What may follow "?": our own `prefix` and `password_file`, and these options of the client, passed on as
+# they are.
 _CLIENT_OPTIONS = frozenset(
     (
         *("db", "username", "password", "client_name"),
@@ -66,10 +67,11 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
         prefix: Key space; goes before `?prefix=` of the URL.
 
     Raises:
-        InvalidURLError: If it has an unknown scheme, a bad port or database, or an unknown option.
+        InvalidURLError: If it has an unknown scheme, a bad port or database, or an unknown option, or if
+            its password_file cannot be read or is empty.
     """
     if url is None:
-        url = os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        url = _url_from_environment()
     if not isinstance(url, str):
         raise InvalidURLError(
             f"a storage URL is a string such as {_EXAMPLES}; got {type(url).__name__}", url=None
@@ -91,6 +93,12 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
     options = _options(parts, url)
     url_prefix = options.pop("prefix", None)
     prefix = _checked_prefix(url_prefix if prefix is None else prefix, url)
+    if "password_file" in options:
+        if parts.password is not None or "password" in options:
+            raise InvalidURLError(
+                f"{_shown(url)!r} has both a password and a password_file: give one", url=_shown(url)
+            )
+        options["password"] = _read_password(options.pop("password_file"), url)
     if scheme == "unix":
         path = _unix_path(parts, url)
         user, at, _ = parts.netloc.rpartition("@")
@@ -102,14 +110,21 @@ def parse_url(url: str | None, prefix: str | None = None) -> Location:
     return Location(redis_url, None, prefix, address)
 
 
-def split_url(url: str) -> list[str]:
+def _url_from_environment() -> str:
+    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+def split_url(url: str | None) -> list[str]:
     """The URL of each master, of a URL that names several: `keydb://m1:6373,m2:6374/0`.
 
-    User, password, database and options hold for all. Hosts are separated by commas after the "@".
+    None takes the same as in `parse_url`. User, password, database and options hold for all. Hosts are
+    separated by commas after the "@".
 
     Raises:
         InvalidURLError: If there are several of these.
     """
+    if url is None:
+        url = _url_from_environment()
     scheme, colon, rest = url.partition("://")
     if not colon or scheme.lower() not in _TCP_SCHEMES:
         return [url]
@@ -160,9 +175,25 @@ def _options(parts: SplitResult, url: str) -> dict[str, str]:
     return options
 
 
+def _read_password(path: str, url: str) -> str:
+    """The content of a file such as a Docker secret, without the line break that editors leave at its end."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            password = file.read().rstrip("\r\n")
+    except OSError as error:
+        raise InvalidURLError(
+            f"cannot read password_file {path!r}: {error.strerror}", url=_shown(url)
+        ) from None
+    except UnicodeDecodeError:  # the error would quote the file
+        raise InvalidURLError(f"password_file {path!r} is no UTF-8 text", url=_shown(url)) from None
+    if not password:
+        raise InvalidURLError(f"password_file {path!r} is empty", url=_shown(url))
+    return password
+
+
 def _known_options(scheme: str) -> set[str]:
     """What redis-py's connection class of this scheme takes."""
-    known = {"prefix", *_CLIENT_OPTIONS}
+    known = {"prefix", "password_file", *_CLIENT_OPTIONS}
     if _TCP_SCHEMES.get(scheme) != "rediss":
         known = {name for name in known if not name.startswith("ssl_")}
     if scheme == "unix":

@@ -42,6 +42,7 @@ LAYERS = {
     "facade": {
         "__init__",
         "budget",
+        "samplers",
         "graceful_stop",
         "grid_sampler",
         "signal_watch",

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from optuna_dlock.errors import DLockError, InvalidURLError
+from optuna_dlock.server import server_of_url
 from optuna_dlock.url import DEFAULT_URL, URL_VARIABLE, parse_url, split_url
 
 SECRET = "s3cret"  # noqa: S105 -- what must not be shown
@@ -302,7 +303,80 @@ def test_a_url_of_several_masters_is_one_url_for_each(url: str, split: list[str]
     assert split_url(url) == split
 
 
+def test_several_masters_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URL_VARIABLE, "keydb://m2:1,m1:2/0?prefix=p")
+    server = server_of_url(None, None)
+    assert [master.address for master in server.masters] == ["m1:2", "m2:1"]
+    assert server.prefix == "p"
+    monkeypatch.delenv(URL_VARIABLE)
+    assert split_url(None) == [DEFAULT_URL]
+
+
 def test_users_named_more_than_once_are_refused_and_not_shown() -> None:
     with pytest.raises(InvalidURLError, match="more than once") as caught:
         split_url(f"redis://bob:{SECRET}@a,bob:{SECRET}@b/0")
     assert SECRET not in str(caught.value)
+
+
+# -- the password in a file --------------------------------------------------------------------------
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    redis_url = parse_url(url).redis_url
+    assert redis_url is not None
+    return dict(redis.ConnectionPool.from_url(redis_url).connection_kwargs)
+
+
+@pytest.mark.parametrize("base", ["redis://host:7000/2", "rediss://bob@host", "unix:///run/v.sock"])
+@pytest.mark.parametrize("content", [SECRET, SECRET + "\n", SECRET + "\r\n"])
+def test_a_password_comes_from_the_file_that_is_named(base: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "pass word").write_bytes(content.encode())
+    location = parse_url(f"{base}?password_file={tmp_path}/pass%20word&prefix=p")
+    options = _client_options(f"{base}?password_file={tmp_path}/pass%20word&prefix=p")
+    assert options["password"] == SECRET
+    assert options.get("username") == ("bob" if "bob" in base else None)
+    assert "password_file" not in options
+    assert location.prefix == "p"
+    assert SECRET not in repr(location) + location.address
+
+
+def test_a_password_in_a_file_needs_no_percent_signs(tmp_path: Path) -> None:
+    content = " a/b@c:d?e#f&g%20+h=ü "
+    (tmp_path / "p").write_text(content, "utf-8")
+    options = _client_options(f"redis://host?password_file={tmp_path}/p")
+    assert options["password"] == content
+
+
+def test_one_password_file_holds_for_all_masters(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text(SECRET)
+    for url in split_url(f"keydb://m1:1,m2:2/0?password_file={tmp_path}/p"):
+        assert _client_options(url)["password"] == SECRET
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot read password_file '.*/p': No such file"), (b"", "is empty"), (b"\n", "is empty")],
+)
+def test_a_password_file_that_gives_none_is_a_mistake(
+    content: bytes | None, said: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "p").write_bytes(content)
+    with pytest.raises(InvalidURLError, match=said):
+        parse_url(f"redis://host?password_file={tmp_path}/p")
+
+
+@pytest.mark.parametrize("url", [f"redis://:{SECRET}@host?", f"redis://host?password={SECRET}&"])
+def test_a_password_and_a_password_file_are_one_too_many(url: str, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("other")
+    with pytest.raises(InvalidURLError, match="both a password and a password_file") as caught:
+        parse_url(f"{url}password_file={tmp_path}/p")
+    assert SECRET not in f"{caught.value} {caught.value.__dict__}"
+
+
+def test_a_password_file_of_other_bytes_is_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(SECRET.encode() + b"\xff")
+    with pytest.raises(InvalidURLError, match="no UTF-8") as caught:
+        parse_url(f"redis://host?password_file={tmp_path}/p")
+    assert SECRET not in f"{caught.value!r}"
+    assert caught.value.__suppress_context__
