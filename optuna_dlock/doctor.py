@@ -176,8 +176,7 @@ def _judge_one(master: Master) -> Iterator[tuple[str, str, str]]:
             "CONFIG SET maxmemory-policy noeviction, and in its configuration file",
         )
     if master.persistence is not None:
-        active = master.replication is not None and master.replication.role == "active-replica"
-        yield from _judge_persistence(master.persistence, active)
+        yield from _judge_persistence(master.persistence)
     offset = master.clock_offset_ms
     if offset is not None and abs(offset) > _LARGEST_CLOCK_OFFSET_MS:
         direction = "ahead of" if offset > 0 else "behind"
@@ -192,10 +191,8 @@ def _judge_one(master: Master) -> Iterator[tuple[str, str, str]]:
         yield from _judge_membership(master.membership)
 
 
-def _judge_persistence(persistence: Persistence, active: bool) -> Iterator[tuple[str, str, str]]:
+def _judge_persistence(persistence: Persistence) -> Iterator[tuple[str, str, str]]:
     turn_on = "CONFIG SET appendonly yes, and in its configuration file"
-    if active:  # KeyDB's append-only file does not keep what came from the other master
-        turn_on = "CONFIG SET save '60 1', and in its configuration file"
     if persistence.appendonly is None:
         yield "warn", "persistence is unknown", "make sure that it keeps an append-only file"
     elif not persistence.appendonly and persistence.save:
