@@ -143,8 +143,11 @@ class Master:
                 )
             channel = opened
             run, earlier = self._look_at(channel)
-            for script in all_masters_scripts():
-                self._call(channel, "SCRIPT", "LOAD", self._as_here(script).source)
+            scripts = [self._as_here(script) for script in all_masters_scripts()]
+            known = self._call(channel, "SCRIPT", "EXISTS", *(script.sha for script in scripts))
+            for script, is_known in zip(scripts, known, strict=True):
+                if not is_known:
+                    self._call(channel, "SCRIPT", "LOAD", script.source)
             if threading.current_thread() is self._attempt:
                 self._made = channel, run, earlier
             else:

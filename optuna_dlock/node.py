@@ -355,14 +355,22 @@ class Node:
         self._channel = channel
         return channel
 
+    def _prepared(self, reply: Any) -> Any:
+        if _is_passing(reply):
+            raise redis_errors.ConnectionError(str(reply))
+        if isinstance(reply, RefusalError):
+            raise self._final(reply, [])
+        return reply
+
     def _prepare(self, channel: Channel) -> None:
         scripts = all_scripts()
-        channel.send(b"".join(pack_command(("SCRIPT", "LOAD", s.source)) for s in scripts))
-        for reply in [channel.read() for _ in scripts]:
-            if _is_passing(reply):
-                raise redis_errors.ConnectionError(str(reply))
-            if isinstance(reply, RefusalError):
-                raise self._final(reply, [])
+        # Nearly always all are there: then a bad line has one reply to lose and not dozens.
+        channel.send(pack_command(("SCRIPT", "EXISTS", *(s.sha for s in scripts))))
+        known = self._prepared(channel.read())
+        missing = [s for s, is_known in zip(scripts, known, strict=True) if not is_known]
+        channel.send(b"".join(pack_command(("SCRIPT", "LOAD", s.source)) for s in missing))
+        for reply in [channel.read() for _ in missing]:
+            self._prepared(reply)
         if self._on_connect is not None and not self._checking:
             self._check(channel, self._on_connect)
         for post in self._outstanding:
