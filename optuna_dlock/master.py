@@ -144,7 +144,7 @@ class Master:
             channel = opened
             run, earlier = self._look_at(channel)
             scripts = [self._as_here(script) for script in all_masters_scripts()]
-            known = self._call(channel, "SCRIPT", "EXISTS", *(script.sha for script in scripts))
+            known = self._call(channel, "SCRIPT", "EXISTS", *(s.sha for s in scripts)) if scripts else ()
             for script, is_known in zip(scripts, known, strict=True):
                 if not is_known:
                     self._call(channel, "SCRIPT", "LOAD", script.source)

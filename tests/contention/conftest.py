@@ -12,7 +12,7 @@ import pytest
 
 from optuna_dlock import RedisLockedStorage
 from tests.contention.crew import Crew
-from tests.contention.places import ONE, SEVERAL, Place, groups, place_on
+from tests.contention.places import ONE, SEVERAL, Place, groups, place_on, slow
 from tests.contention.worker import Job
 from tests.masters import Masters
 from tests.servers import Server
@@ -51,3 +51,11 @@ def group(request: pytest.FixtureRequest) -> Iterator[Server | Masters]:
 def place(group: Server | Masters) -> Place:
     """A key space that no other test uses, on each group."""
     return place_on(group, f"c{next(_numbers)}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slower of two locks takes minutes: one group of masters, and no queue, is enough for every run."""
+    for item in items:
+        is_pottery = "pottery" in item.name and "one-" not in item.name
+        if is_pottery and ("replicated" in item.name or "drain_a_queue" in item.name):
+            item.add_marker(slow)

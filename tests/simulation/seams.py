@@ -17,6 +17,7 @@ from typing import Any
 
 from optuna_dlock.ensemble import Ensemble
 from optuna_dlock.retry import Backoff
+from optuna_dlock.worker import Worker, WorkerProcess
 from tests.simulation.scheduler import Scheduler, Task
 from tests.simulation.wire import Network, SimulatedConnection
 
@@ -31,7 +32,7 @@ _EXCHANGED = {
     "retry": ("random",),
     "section": ("Backoff",),
     "server": ("connection_factory",),
-    "storage": ("secrets", "Ensemble"),
+    "storage": ("secrets", "Ensemble", "this_worker"),
     "studies": ("secrets",),
     "trials": ("os", "datetime"),
     "twins": ("time", "Backoff"),
@@ -41,7 +42,11 @@ REPLACED = {(module, name) for module, names in _EXCHANGED.items() for name in n
 UNUSED = {
     *(("codec", "datetime"), ("live_trial", "datetime")),  # converted, and never asked for the time
     *(("quorum", "time"), ("retry", "time")),  # defaults of arguments that are always given
-    *(("ensemble_lock", "os"), ("url", "os")),  # the process's number, the environment
+    *(("ensemble_lock", "os"), ("storage", "os"), ("url", "os")),  # the process's number, the environment
+    *(("worker", "os"), ("worker", "secrets")),  # `this_worker` is exchanged
+    *(("heartbeats", "threading"), ("runners", "os")),  # no heartbeats, nothing is taken back
+    *(("graceful_stop", "os"), ("graceful_stop", "threading")),  # for programs, not for storages
+    *(("signal_watch", "os"), ("signal_watch", "threading"), ("signal_watch", "time")),
     *(("lock", "os"), ("lock", "secrets"), ("lock", "threading"), ("lock", "time")),  # one master only
     *(("node", "os"), ("node", "threading")),  # one master only
     # The user's lock is not held in any schedule.
@@ -218,6 +223,7 @@ def simulated(
         "datetime": Calendar(scheduler, on_stamp),
         "Backoff": functools.partial(Backoff, clock=clock.monotonic, sleep=clock.sleep),
         "Ensemble": functools.partial(Ensemble, clock=clock.time),
+        "this_worker": _worker,
         "connection_factory": lambda url, timeout: functools.partial(_connection, network, url),
         # Loading the scripts is half of all messages, and no part of the protocol: masters have them.
         "all_masters_scripts": tuple,
@@ -232,6 +238,10 @@ def simulated(
     finally:
         for (module, _), values in zip(modules, saved, strict=True):
             module.update(values)
+
+
+def _worker(name: str | None, client: str, forked: bool = False) -> WorkerProcess:
+    return WorkerProcess(Worker("host", 1, client), client, "place", "0")
 
 
 def _connection(network: Network, url: str) -> SimulatedConnection:
