@@ -57,8 +57,8 @@ _ASKED_AGAIN = 5  # times
 _GATE = 0.05  # seconds that the master that is asked first may take before the others are asked too
 _REPLAYED = 256  # sections that are replayed on a master that missed them; beyond, it gets a copy
 _WAITED_FOR_ALL = 5.0  # seconds, after all went down, before a majority goes on without the rest
-# Seconds between two attempts to get a turn. Long ones let the holder run several sections at one round trip each,
-# where a new holder needs three: with 8 contenders twice as many sections per second, and shorter waits in all.
+# Seconds between two attempts to get a turn. Long ones let the holder run several sections at one round trip
+# each, where a new holder needs three: with 8 contenders twice as many per second, and shorter waits in all.
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.05
 _FLUSHED_AFTER = 0.002  # seconds for which a write waits for others to take a turn together
 _READ_TRIES = 3  # undecided reads before one is made a section
