@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
 import pty
@@ -12,9 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -24,39 +22,15 @@ from optuna.trial import TrialState, create_trial
 from optuna_dlock import LockLostError, RedisLockedStorage, cli
 from optuna_dlock.lock_table import list_locks
 from tests.contention.crew import wait_until
-from tests.masters import Masters
 from tests.servers import free_port
 
-_numbers = itertools.count()
 Connect = Callable[..., RedisLockedStorage]
 NEW = ("studies", "trials", "locks", "completion")
 
 
-@pytest.fixture(scope="module", params=["1 master", "3 masters"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "1 master":
-        yield request.getfixturevalue("valkey").url
-        return
-    with Masters("valkey", 3) as masters:
-        yield masters.url
-
-
 @pytest.fixture
-def url(cluster: str) -> str:
-    return f"{cluster}?prefix=view{next(_numbers)}"
-
-
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    storages: list[RedisLockedStorage] = []
-
-    def make(url: str, **options: Any) -> RedisLockedStorage:
-        storages.append(RedisLockedStorage(url, **options))
-        return storages[-1]
-
-    yield make
-    for storage in storages:
-        storage.close()
+def url(any_url: str) -> str:
+    return any_url
 
 
 def _cells(text: str) -> list[list[str]]:

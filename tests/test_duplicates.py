@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 import math
 import struct
@@ -48,7 +46,6 @@ from tests.masters import Masters
 from tests.proxy import CuttingProxy
 from tests.servers import Server
 
-_numbers = itertools.count()
 COMPLETE, FAIL, PRUNED, RUNNING, WAITING = (
     *(TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED),
     *(TrialState.RUNNING, TrialState.WAITING),
@@ -66,29 +63,7 @@ def quiet() -> Iterator[None]:
     optuna.logging.set_verbosity(before)
 
 
-@pytest.fixture(scope="module")
-def three() -> Iterator[Masters]:
-    with Masters("valkey", 3) as masters:
-        yield masters
-
-
-@pytest.fixture(params=["one master", "three masters"])
-def any_url(request: pytest.FixtureRequest) -> str:
-    """URL of a key space of its own, on one server and on three masters."""
-    if request.param == "one master":
-        url: str = request.getfixturevalue("valkey_url")
-        return url
-    return f"{request.getfixturevalue('three').url}?prefix=d{next(_numbers)}"
-
-
 Connect = Callable[..., RedisLockedStorage]
-
-
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    """Makes storages, which are closed with the test."""
-    with contextlib.ExitStack() as stack:
-        yield lambda url, **options: stack.enter_context(RedisLockedStorage(url, **options))
 
 
 @pytest.fixture
@@ -537,7 +512,7 @@ def test_who_has_waited_long_enough_gives_up(study: optuna.Study, monkeypatch: p
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
 def test_who_waits_reaps_for_all_others_may_wait_too(any_url: str, connect: Connect) -> None:
     """Optuna looks for dead workers before each new trial; a cluster that only waits begins none."""
-    storage = connect(any_url, heartbeat_interval=1, grace_period=1)
+    storage = connect(any_url, heartbeat_interval=1, grace_period=3)
     study = optuna.create_study(storage=storage)
     dying = optuna.load_study(study_name=study.study_name, storage=connect(any_url))
     first, second = ask(dying, x=1), ask(study, x=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -56,20 +56,6 @@ class Wire:
         self.turns += self._sent
         self._sent = False
         return data
-
-
-@pytest.fixture
-def connect() -> Iterator[Callable[..., RedisLockedStorage]]:
-    """Makes storages, and closes them in the end."""
-    storages = []
-
-    def make(url: str, **options: Any) -> RedisLockedStorage:
-        storages.append(RedisLockedStorage(url, **options))
-        return storages[-1]
-
-    yield make
-    for storage in storages:
-        storage.close()
 
 
 def waits_of(storage: RedisLockedStorage, call: Callable[..., Any], *args: Any, **options: Any) -> int:

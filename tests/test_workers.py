@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import multiprocessing
 import os
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from optuna_dlock.codec import pack_running
 from optuna_dlock.keys import StudyKeys
 from optuna_dlock.scripts import script
 from optuna_dlock.worker import WorkerProcess, this_worker
-from tests.masters import Masters
 from tests.servers import Server
 
 MINIMIZE = [StudyDirection.MINIMIZE]
@@ -38,7 +36,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Heartbeat of storage is supposed to be used with Study.optimize",
     "ignore:.*multi-threaded.*:DeprecationWarning",
 )
-_numbers = itertools.count()
 Connect = Callable[..., RedisLockedStorage]
 
 
@@ -48,34 +45,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within a minute: {what}"
         time.sleep(0.005)
-
-
-@pytest.fixture(scope="module", params=["1 master", "3 masters"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "1 master":
-        yield request.getfixturevalue("valkey").url
-        return
-    with Masters("valkey", 3) as masters:
-        yield masters.url
-
-
-@pytest.fixture
-def any_url(cluster: str) -> str:
-    """URL of a key space that no other test uses, on one master and on several."""
-    return f"{cluster}?prefix=w{next(_numbers)}"
-
-
-@pytest.fixture
-def connect() -> Iterator[Connect]:
-    storages: list[RedisLockedStorage] = []
-
-    def make(url: str, **options: Any) -> RedisLockedStorage:
-        storages.append(RedisLockedStorage(url, **options))
-        return storages[-1]
-
-    yield make
-    for storage in storages:
-        storage.close()
 
 
 def _keys(storage: RedisLockedStorage, study_id: int) -> StudyKeys:

@@ -23,7 +23,6 @@ from optuna_dlock.errors import UpdateFinishedTrialError
 from optuna_dlock.runners import Runners
 from optuna_dlock.scripts import TAKEN, script
 from tests.contention.crew import PROCESSES, wait_until
-from tests.masters import Masters
 
 WAITING, RUNNING, COMPLETE, FAIL = (
     *(TrialState.WAITING, TrialState.RUNNING),
@@ -32,7 +31,6 @@ WAITING, RUNNING, COMPLETE, FAIL = (
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Heartbeat of storage is supposed to be used with Study.optimize"
 )
-_numbers = itertools.count()
 
 
 def _storage(url: str, **options: Any) -> RedisLockedStorage:
@@ -47,22 +45,12 @@ def _load(url: str, **options: Any) -> tuple[RedisLockedStorage, optuna.Study]:
     return storage, optuna.load_study(study_name="s", storage=storage, sampler=sampler)
 
 
-@pytest.fixture(scope="module", params=["1 master", "3 masters"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "1 master":
-        yield request.getfixturevalue("valkey").url
-        return
-    with Masters("valkey", 3) as masters:
-        yield masters.url
-
-
 @pytest.fixture
-def url(cluster: str) -> str:
+def url(any_url: str) -> str:
     """A key space with an empty study named 's'."""
-    url = f"{cluster}?prefix=lost{next(_numbers)}"
-    with _storage(url) as storage:
+    with _storage(any_url) as storage:
         optuna.create_study(study_name="s", storage=storage)
-    return url
+    return any_url
 
 
 Start = Callable[..., BaseProcess]
