@@ -26,6 +26,7 @@ examples:
   optuna-dlock watch redis://localhost:6379/0
   optuna-dlock watch redis://localhost:6379/0 --study 'P2c_*' --interval 10
   optuna-dlock watch redis://localhost:6379/0 --once | tail
+  optuna-dlock watch redis://localhost:6379/0 --json | jq .studies[0].complete
 
 It changes nothing, and reads only what changed. Ctrl-C ends it.
 Exit codes: 0 with --once, 2 it could not look or no study matches, 130 ended by Ctrl-C."""
@@ -44,6 +45,7 @@ def add_to(add_command: AddCommand) -> None:
         "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (default: 2)"
     )
     watch.add_argument("--once", action="store_true", help="look once, for scripts")
+    watch.add_argument("--json", action="store_true", help="print each look as one line of JSON")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +96,7 @@ def _report(args: argparse.Namespace) -> int:
 def _watch(args: argparse.Namespace) -> int:
     from optuna_dlock.watch import run_watch
 
-    run_watch(interval=args.interval, once=args.once, **_options(args))
+    run_watch(interval=args.interval, once=args.once, as_lines=args.json, **_options(args))
     return OK
 
 

@@ -282,7 +282,7 @@ def tables(report: Report, lang: str = "en") -> Group:
 # -- for programs ----------------------------------------------------------------------------------
 
 
-def as_json(report: Report) -> str:
+def as_json(report: Report, indent: int | None = 2) -> str:
     """One object; times are ISO 8601 in local time, infinite values are null."""
     found = {
         "database": report.database,
@@ -291,7 +291,7 @@ def as_json(report: Report) -> str:
         "window": report.window,
         "studies": [asdict(study) for study in report.studies],
     }
-    return json.dumps(_plain_json(found), ensure_ascii=False, indent=2, allow_nan=False)
+    return json.dumps(_plain_json(found), ensure_ascii=False, indent=indent, allow_nan=False)
 
 
 def _plain_json(item: Any) -> Any:

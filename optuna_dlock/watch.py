@@ -12,7 +12,7 @@ from optuna_dlock.errors import StorageUnavailableError
 from optuna_dlock.report import StudyReport
 from optuna_dlock.report_run import look
 from optuna_dlock.report_source import ReportSource
-from optuna_dlock.report_view import Report, Words, plain, plain_study, tables
+from optuna_dlock.report_view import Report, Words, as_json, plain, plain_study, tables
 
 # Takes the latest report, and what is wrong now if that is why there is no later one.
 Show = Callable[[Report, "str | None"], None]
@@ -23,6 +23,7 @@ def watch(
     *,
     interval: float,
     lang: str,
+    as_lines: bool = False,
     once: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
@@ -35,11 +36,12 @@ def watch(
         source: Where to look.
         interval: Seconds between two looks.
         lang: "en" or "zh".
+        as_lines: Print each look as one line of JSON instead.
         once: Look once and return.
         sleep: Waits between two looks.
     """
     is_live = sys.stdout.isatty() and find_spec("rich") is not None
-    with _live(lang) if is_live else _lines(lang) as show:
+    with _json_lines() if as_lines else _live(lang) if is_live else _lines(lang) as show:
         report = look(source)
         show(report, None)
         while not once:
@@ -53,7 +55,15 @@ def watch(
 
 
 def run_watch(
-    *, url: str, pattern: str | None, interval: float, once: bool, lang: str, window: float, timeout: float
+    *,
+    url: str,
+    pattern: str | None,
+    interval: float,
+    once: bool,
+    as_lines: bool,
+    lang: str,
+    window: float,
+    timeout: float,
 ) -> None:
     """Open a storage and watch it; see `ReportSource` and `watch`.
 
@@ -62,7 +72,7 @@ def run_watch(
     """
     source = ReportSource(url, pattern, timeout=timeout, window=window)
     try:
-        watch(source, interval=interval, lang=lang, once=once)
+        watch(source, interval=interval, lang=lang, as_lines=as_lines, once=once)
     finally:
         source.close()
 
@@ -80,6 +90,17 @@ def _live(lang: str) -> Iterator[Show]:
             live.update(Group(Text(problem, style="red"), shown) if problem else shown, refresh=True)
 
         yield show
+
+
+@contextlib.contextmanager
+def _json_lines() -> Iterator[Show]:
+    def show(report: Report, problem: str | None) -> None:
+        if problem is not None:
+            print("optuna-dlock:", problem, file=sys.stderr, flush=True)
+        else:
+            print(as_json(report, indent=None), flush=True)
+
+    yield show
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -94,6 +95,18 @@ def test_without_a_terminal_what_changed_is_printed_and_nothing_else(
 def test_once_looks_once(study: optuna.Study, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", url, "--once"]) == 0
     assert capsys.readouterr().out.count("COMPLETE: 1") == 1
+
+
+def test_json_is_one_line_a_look(study: optuna.Study, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = _after_each_look(lambda: _finish(study, "m8"))
+    source = ReportSource(url)
+    with pytest.raises(_Enough):
+        watch(source, interval=7.0, lang="en", as_lines=True, sleep=steps)
+    source.close()
+    looks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [look["studies"][0]["complete"] for look in looks] == [1, 2]
+    assert cli.main(["watch", url, "--once", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["studies"][0]["complete"] == 2
 
 
 def test_a_server_that_is_not_there_at_the_first_look_is_an_error(
