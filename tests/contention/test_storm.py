@@ -30,7 +30,7 @@ def test_forty_workers_lose_nothing_while_workers_die_pause_are_cut_off_and_the_
     lock: Literal["redlock", "pottery"], make_crew: CrewMaker
 ) -> None:
     """G1-G6 on Valkey."""
-    with Server("valkey", appendonly=True) as server, CuttingProxy(server.port) as proxy:
+    with _kept("valkey") as server, CuttingProxy(server.port) as proxy:
         crew = make_crew(server.url, 40, timeout=TIMEOUT, lock=lock, worker_class=HOLDER, mix=STORM)
         crew.jobs[36:] = [replace(job, mix={**STORM, "freeze_study": 3}) for job in crew.jobs[36:]]
         crew.jobs[24:32] = [replace(job, url=proxy.url) for job in crew.jobs[24:32]]
@@ -69,7 +69,7 @@ def test_forty_workers_lose_nothing_while_workers_die_pause_are_cut_off_and_the_
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_twelve_workers_lose_nothing_on_any_server(flavour: str, make_crew: CrewMaker) -> None:
     """The same, smaller: a death, a pause, cuts, a flush and a restart on every flavour."""
-    with Server(flavour, appendonly=True) as server, CuttingProxy(server.port) as proxy:
+    with _kept(flavour) as server, CuttingProxy(server.port) as proxy:
         crew = make_crew(server.url, 12, timeout=TIMEOUT)
         crew.jobs[8:] = [replace(job, url=proxy.url) for job in crew.jobs[8:]]
         with crew:
@@ -134,3 +134,8 @@ def _assert_that_much_happened(records: dict[str, Record], least: int = 30) -> N
     """Else the audit had nothing to compare."""
     for kind in ("created", "popped", "told", "refused", "wrote", "study attr"):
         assert sum(len(record.of(kind)) for record in records.values()) >= least, kind
+
+
+def _kept(flavour: str) -> Server:
+    """A server that its test kills: with everysec it puts writes off while a slow disk is busy."""
+    return Server(flavour, appendonly=True, extra=("--appendfsync", "always"))
