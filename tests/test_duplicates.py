@@ -302,9 +302,13 @@ def test_trials_of_no_study_just_train() -> None:
 
 @pytest.mark.parametrize("kind", [InMemoryStorage, lambda: RDBStorage("sqlite:///:memory:")])
 def test_another_storage_is_named_in_the_error(kind: Callable[[], Any]) -> None:
-    trial = ask(optuna.create_study(storage=kind()), x=1)
+    storage = kind()
+    trial = ask(optuna.create_study(storage=storage), x=1)
     with pytest.raises(ClaimError, match=r"in a (InMemory|RDB)Storage.*embedded:"):
         claim_params(trial)
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def test_a_storage_behind_optunas_cache_is_found(study: optuna.Study) -> None:
