@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +13,8 @@ from optuna_dlock.errors import LockNotAcquiredError
 from optuna_dlock.node import Argument
 from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import BUSY, Script
+
+_STOOD_STILL = 2.0  # seconds between two looks at the lock, which are 0.1 s apart
 
 
 class Section:
@@ -42,13 +45,19 @@ class Section:
         """Run the script of a critical section, waiting while somebody else holds the section lock.
 
         Raises:
-            LockNotAcquiredError: If it is held for longer than the node's timeout.
+            LockNotAcquiredError: If it is held for longer than the node's timeout, not counting pauses of
+                this process.
         """
         reply = self._node.run(script, keys, args)
         if reply[0] != BUSY:
             return reply
-        waiting = Backoff(self._node.timeout, first=0.005, longest=0.1)
+        last = float("-inf")
         while reply[0] == BUSY:
+            now = time.monotonic()
+            if now - last > _STOOD_STILL:
+                # At first; and when this process was paused or the server away: it has not waited meanwhile.
+                waiting = Backoff(self._node.timeout, first=0.005, longest=0.1)
+            last = now
             self._locks.free_if_dead(self.name)
             if not waiting.wait():
                 raise self._still_held(script)

@@ -30,7 +30,7 @@ _EXCHANGED = {
     "quorum": ("random",),
     "repair": ("time", "threading", "_TTL_MS"),
     "retry": ("random",),
-    "section": ("Backoff",),
+    "section": ("Backoff", "time"),
     "server": ("connection_factory",),
     "storage": ("secrets", "Ensemble", "this_worker"),
     "studies": ("secrets",),
