@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from optuna_dlock.errors import BudgetExhaustedError, StudyStoppedError, UnsupportedStorageError
 from optuna_dlock.limits import StudyLimits
 from optuna_dlock.retry import Backoff
-from optuna_dlock.storage import RedisLockedStorage
+from optuna_dlock.storage import RedisLockedStorage, fail_stale_trials
 
 Objective = Callable[[optuna.Trial], float | Sequence[float]]
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -141,14 +139,7 @@ def _wait_for_turn(study: optuna.Study, limits: StudyLimits, deadline: float) ->
             return True
         if now.stopped or now.is_used_up:
             return False
-        _fail_stale_trials(study)
+        fail_stale_trials(study)
         if not pause.wait():
             return False
     return False
-
-
-def _fail_stale_trials(study: optuna.Study) -> None:
-    """Fail trials whose worker died, as `study.optimize` does before each trial."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)

@@ -12,20 +12,12 @@ from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna_dlock import __version__, cli_completion, cli_locks, cli_report, cli_studies, cli_trials
-from optuna_dlock.errors import DLockError, InvalidURLError
-from optuna_dlock.server import server_of_url
+from optuna_dlock.cli_output import FAILED, OK, TIMEOUT, URL_HELP, USAGE, open_to_look, table
+from optuna_dlock.errors import DLockError
 
-if TYPE_CHECKING:
-    from optuna_dlock import RedisLockedStorage
-
-OK, FAILED, USAGE = 0, 1, 2
-# A tool that somebody waits for gives up sooner than a worker does.
-_TIMEOUT = 3.0
-
-_URL_HELP = "redis://host:6379/0, rediss://…, valkey://…, keydb://…, unix:///path/to.sock or embedded:PATH"
 _DEMO_EXAMPLES = """\
 examples:
   optuna-dlock demo                                  # private server, 4 workers, 200 trials
@@ -96,13 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         "--trials", type=_positive, default=200, metavar="N", help="trials in all (default: 200)"
     )
     demo.add_argument(
-        "--url", help=f"server to use: {_URL_HELP} (default: an embedded one, removed at the end)"
+        "--url", help=f"server to use: {URL_HELP} (default: an embedded one, removed at the end)"
     )
     demo.add_argument("--study", metavar="NAME", help="name of the new study (default: a fresh one)")
     audit = _command(
         commands, "audit", "check the trial numbers and states of studies", _AUDIT_EXAMPLES, _audit
     )
-    audit.add_argument("url", metavar="URL", help=_URL_HELP)
+    audit.add_argument("url", metavar="URL", help=URL_HELP)
     audit.add_argument("--study", metavar="NAME", help="only this study (default: all)")
     audit.add_argument("--json", action="store_true", help="print JSON, one list with an object per study")
     audit.add_argument(
@@ -119,9 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         _DOCTOR_EXAMPLES,
         _doctor,
     )
-    doctor.add_argument(
-        "urls", metavar="URL", nargs="+", help=f"{_URL_HELP}; or several hosts, h1:6379,h2:6379"
-    )
+    doctor.add_argument("urls", metavar="URL", nargs="+", help=URL_HELP)
     doctor.add_argument("--json", action="store_true", help="print JSON, one object")
     stop = _command(
         commands,
@@ -130,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         _STOP_EXAMPLES,
         _stop,
     )
-    stop.add_argument("url", metavar="URL", help=_URL_HELP)
+    stop.add_argument("url", metavar="URL", help=URL_HELP)
     stop.add_argument("study", metavar="STUDY", help="name of the study")
     stop.add_argument("--resume", action="store_true", help="let its trials begin again")
     stop.add_argument("--json", action="store_true", help="print JSON, one object")
@@ -176,7 +166,7 @@ def _audit(args: argparse.Namespace) -> int:
 
     from optuna_dlock.audit import audit_numbers, zombies
 
-    storage = _open(args.url)
+    storage = open_to_look(args.url)
     names = [args.study] if args.study is not None else sorted(optuna.get_all_study_names(storage))
     found = []
     for name in names:
@@ -201,13 +191,13 @@ def _doctor(args: argparse.Namespace) -> int:
     from optuna_dlock.doctor_ask import examine
     from optuna_dlock.doctor_view import report_json, report_text
 
-    report = examine(args.urls, _TIMEOUT)
+    report = examine(args.urls, TIMEOUT)
     print(report_json(report) if args.json else report_text(report))
     return OK if report.ok else FAILED
 
 
 def _stop(args: argparse.Namespace) -> int:
-    storage = _open(args.url)
+    storage = open_to_look(args.url)
     limits = storage.limits(storage.get_study_id_from_name(args.study))
     (limits.resume if args.resume else limits.stop)()
     now = limits.get()
@@ -227,34 +217,16 @@ def _stop(args: argparse.Namespace) -> int:
     return OK
 
 
-def _open(url: str) -> RedisLockedStorage:
-    from optuna_dlock import RedisLockedStorage
-
-    folder = server_of_url(url, None).embedded_path
-    if folder is not None and not os.path.exists(folder):
-        # Opening it would create it, and then find it in order.
-        raise InvalidURLError(f"there is no embedded storage at {folder}", url=url)
-    return RedisLockedStorage(url, timeout=_TIMEOUT)
-
-
 def _table(found: list[dict[str, Any]]) -> str:
     if not found:
         return "no studies"
     states = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
-    rows: list[tuple[str, ...]] = [("study", "trials", *states, "zombies", "numbers")]
+    rows: list[tuple[object, ...]] = [("study", "trials", *states, "zombies", "numbers")]
     for study in found:
         numbers = "0..n-1" if study["ok"] else f"missing {study['missing']}, doubled {study['doubled']}"
         counts = [study["states"].get(state, 0) for state in states]
-        row = (study["study"], study["trials"], *counts, len(study["zombies"]), numbers)
-        rows.append(tuple(str(cell) for cell in row))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+        rows.append((study["study"], study["trials"], *counts, len(study["zombies"]), numbers))
+    return table(rows, left=(0, len(rows[0]) - 1))
 
 
 if __name__ == "__main__":

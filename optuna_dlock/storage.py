@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import uuid
+import warnings
 from collections.abc import Callable, Container, Sequence
 from copy import deepcopy as copy_deeply
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import optuna
 import redis
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.storages._base import DEFAULT_STUDY_NAME_PREFIX
 from optuna.storages._heartbeat import BaseHeartbeat
@@ -632,3 +634,10 @@ class RedisLockedStorage(BaseStorage, BaseHeartbeat):
     def get_failed_trial_callback(self) -> StaleTrialCallback | None:
         """The name of the same before Optuna 4.9."""
         return self.heartbeat_stale_trial_callback
+
+
+def fail_stale_trials(study: optuna.Study) -> None:
+    """Fail trials whose worker died, as `study.optimize` does before each trial, and as quietly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)

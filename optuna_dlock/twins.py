@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
@@ -19,7 +17,7 @@ from optuna_dlock.cache import trial_id_of
 from optuna_dlock.duplicates import Duplicate
 from optuna_dlock.errors import ClaimError
 from optuna_dlock.retry import Backoff
-from optuna_dlock.storage import RedisLockedStorage
+from optuna_dlock.storage import RedisLockedStorage, fail_stale_trials
 
 _logger = logging.getLogger(__name__)
 OnRunning = Literal["fail", "prune", "wait"]
@@ -170,9 +168,7 @@ def _wait(
     while True:
         if storage.heartbeat_interval is not None and time.monotonic() >= next_reaping:
             # Optuna reaps before each new trial; where all workers wait for a dead one, nobody begins one.
-            with warnings.catch_warnings():  # as Optuna itself does around this call
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                optuna.storages.fail_stale_trials(trial.study)
+            fail_stale_trials(trial.study)
             next_reaping = time.monotonic() + storage.heartbeat_interval
         if not storage.is_trial_running(trial_id_of(study_id, twin.owner)):
             claimed: Duplicate | None = storage.claim_params(trial._trial_id, options.extra)
