@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         "--url", help=f"server to use: {URL_HELP} (default: an embedded one, removed at the end)"
     )
     demo.add_argument("--study", metavar="NAME", help="name of the new study (default: a fresh one)")
+    demo.add_argument(
+        "--json", action="store_true", help="print the outcome as JSON, one object; the rest goes to stderr"
+    )
     audit = _command(
         commands, "audit", "check the trial numbers and states of studies", _AUDIT_EXAMPLES, _audit
     )
@@ -158,7 +161,7 @@ def _demo(args: argparse.Namespace) -> int:
         return USAGE
     from optuna_dlock.demo import run_demo
 
-    return run_demo(workers=args.workers, trials=args.trials, url=args.url, study_name=args.study)
+    return run_demo(args.workers, args.trials, args.url, args.study, args.json)
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -26,6 +26,7 @@ from rich.console import Console
 
 from optuna_dlock import RedisLockedStorage
 from optuna_dlock.audit import Acknowledged, Check, audit_run
+from optuna_dlock.cli_output import to_json
 from optuna_dlock.demo_view import Row, View, report
 from optuna_dlock.demo_worker import quiet, work
 from optuna_dlock.errors import StorageUnavailableError, StudyExistsError
@@ -69,8 +70,8 @@ class _Signals:
             signal.signal(signum, handler)
 
 
-def run_demo(workers: int, trials: int, url: str | None, study_name: str | None) -> int:
-    """Run the demo and return its exit code.
+def run_demo(workers: int, trials: int, url: str | None, study_name: str | None, as_json: bool) -> int:
+    """Run the demo and return its exit code; `as_json`: stdout gets the outcome alone, stderr the rest.
 
     Raises:
         DLockError: If the URL is bad, the server cannot be used, or the study exists.
@@ -89,7 +90,7 @@ def run_demo(workers: int, trials: int, url: str | None, study_name: str | None)
                 f"the demo needs a new study, and there is one named {name!r}", study_name=name
             ) from error
         where = "a private embedded server" if own else parse_url(url).address
-        console = Console(highlight=False)
+        console = Console(highlight=False, stderr=as_json)
         console.print(
             f"Study {name} on {where}: {trials} trials, {workers} workers", markup=False, soft_wrap=True
         )
@@ -101,7 +102,11 @@ def run_demo(workers: int, trials: int, url: str | None, study_name: str | None)
         if not own:
             again = f"optuna-dlock audit URL --study {shlex.quote(name)}"
             console.print(f"The study stays on the server; look again: {again}", markup=False, soft_wrap=True)
-    if not all(check.ok for check in checks):
+    ok = all(check.ok for check in checks)
+    if as_json:
+        outcome = {"study": name, "trials": len(run.trials), "seconds": round(run.seconds, 3), "ok": ok}
+        print(to_json({**outcome, "checks": [asdict(check) for check in checks]}))
+    if not ok:
         return FAILED
     return 128 + signals.received[0] if signals.received else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -212,3 +213,15 @@ def _stop_within_a_trial(worker: str, pid: int, url: str) -> None:
                 return
             os.kill(pid, signal.SIGCONT)
     raise AssertionError(f"{worker} was never seen within a trial")
+
+
+def test_json_is_one_object_and_all_else_goes_to_stderr(valkey_url: str) -> None:
+    command = [sys.executable, "-m", "optuna_dlock.cli", "demo", "--json", "--url", valkey_url]
+    done = subprocess.run(
+        [*command, "--workers", "2", "--trials", "6"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert (outcome["trials"], outcome["ok"]) == (6, True)
+    assert [check["name"] for check in outcome["checks"]] == list(_CHECKS)
+    assert "6 trials, 2 workers" in done.stderr
