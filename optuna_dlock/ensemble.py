@@ -11,27 +11,23 @@ import functools
 import itertools
 import logging
 import secrets
-import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from optuna_dlock.channel import Connection, RefusalError
 from optuna_dlock.errors import (
-    AccessDeniedError,
-    CorruptRecordError,
     DLockError,
-    QuorumError,
-    ServerConfigurationError,
 )
+from optuna_dlock.fanout import Fanout
 from optuna_dlock.keys import RegistryKeys, StudyKeys, object_of, pack_members
 from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, Node, Post, forget_in_children
-from optuna_dlock.quorum import FIRST_BALLOT, Ballots, Runs, State, decided, majority, needed_for_rebuild
+from optuna_dlock.open_ballot import OpenBallot
+from optuna_dlock.quorum import FIRST_BALLOT, Ballots, Runs, State, decided, needed_for_rebuild
 from optuna_dlock.repair import Copy, Repairs, revive, sweep_earlier_runs
-from optuna_dlock.retry import Backoff
 from optuna_dlock.scripts import (
     GAP,
     HINTS,
@@ -39,6 +35,7 @@ from optuna_dlock.scripts import (
     NO_DATA,
     NO_STUDY,
     OK,
+    OPEN,
     READS,
     SECTIONS,
     STALE_BALLOT,
@@ -60,6 +57,8 @@ _WAITED_FOR_ALL = 5.0  # seconds, after all went down, before a majority goes on
 # Seconds between two attempts to get a turn. Long ones let the holder run several sections at one round trip
 # each, where a new holder needs three: with 8 contenders twice as many per second, and shorter waits in all.
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.05
+_ALTERNATE = 10.0  # seconds; who finds others' sections within them after its own opens its ballot
+_ALONE = 1.0  # seconds without others after which an open ballot is given up for one of one's own
 _FLUSHED_AFTER = 0.002  # seconds for which a write waits for others to take a turn together
 _READ_TRIES = 3  # undecided reads before one is made a section
 _READ_COMMANDS = frozenset(
@@ -74,10 +73,16 @@ class _Object:
         ballot: Ours, as long as nobody was seen to have a higher one: then no acquire is needed.
         base: Sequence number and identity of the last section.
         highest: The highest ballot that a master has told.
+        opened: A ballot that all share; None if we know of none, or have one of our own.
+        must_own: Whether an open one did not get through, so that we have to acquire one of our own.
+        ran_at: When we ran a section last, by the monotonic clock.
         is_lacking: Whether, at the last attempt, so many masters had no data of it that no majority was left.
     """
 
-    __slots__ = ("ballot", "ballots_key", "base", "highest", "is_lacking", "name", "sections_key")
+    __slots__ = (
+        *("ballot", "ballots_key", "base", "highest", "is_lacking", "must_own", "name", "opened", "ran_at"),
+        "sections_key",
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -87,6 +92,9 @@ class _Object:
         self.base = (0, "")
         self.highest = FIRST_BALLOT
         self.is_lacking = False
+        self.opened: OpenBallot | None = None
+        self.must_own = False
+        self.ran_at = -_ALTERNATE
 
 
 class _Posted:
@@ -94,13 +102,15 @@ class _Posted:
 
     Attributes:
         request: None while it is not sent, as somebody else may have the turn.
+        opened: The open ballot under which it was sent, if it was.
     """
 
-    __slots__ = ("obj", "post", "request")
+    __slots__ = ("obj", "opened", "post", "request")
 
     def __init__(self, post: Post, obj: _Object) -> None:
         self.post, self.obj = post, obj
         self.request: Request | None = None
+        self.opened: OpenBallot | None = None
 
 
 class Head:
@@ -112,7 +122,7 @@ class Head:
         self.script, self.keys, self.args = script, tuple(keys), tuple(args)
 
 
-class Ensemble:
+class Ensemble(Fanout):
     """N masters, as one process sees them; the methods that it shares with `Node` mean the same.
 
     Args:
@@ -135,24 +145,13 @@ class Ensemble:
         repair: bool = True,
         spacing: Spacing | None = None,
     ) -> None:
-        members = [address for address, _ in servers]
-        self.prefix = prefix
-        self.address = ",".join(members)
-        self.timeout = timeout
-        self.lock = threading.RLock()
+        super().__init__(servers, prefix, timeout)
         self.waits = 0
-        self.members = members
-        self.masters = [
-            Master(index, address, factory, prefix, members)
-            for index, (address, factory) in enumerate(servers)
-        ]
-        self.q = majority(len(self.masters))
         self.keys = RegistryKeys(prefix)
         self._on_fork = on_fork
         self._clock = clock
         self._spacing = spacing or Spacing()
         self._servers = list(servers)
-        self._poll, self._polled = select.poll(), set[int]()
         self._repairing = repair
         self._start_anew()
         forget_in_children(self)
@@ -256,9 +255,8 @@ class Ensemble:
             obj = self._object(post.head.keys[0])
             self._outstanding.append(_Posted(post, obj))
             self._unsent += 1
-            if obj.ballot is not None:
-                self._send_unsent(obj)
-            elif self._flusher is None:
+            self._send_unsent(obj)
+            if obj.ballot is None and self._flusher is None:
                 self._flusher = threading.Thread(target=_flush, args=(self,), name="flush", daemon=True)
                 self._flusher.start()
             if len(self._outstanding) > 500:
@@ -280,42 +278,61 @@ class Ensemble:
 
     def _collect(self) -> bool:
         """Take the replies of all posts; whether some had to be sent yet, or once more."""
-        again, trying = False, self._trying(_LONGEST_WAIT, _FIRST_WAIT)
+        again, trying = False, self.trying(_LONGEST_WAIT, _FIRST_WAIT)
         while self._outstanding:
             posted = self._outstanding[0]
             obj, request = posted.obj, posted.request
             if request is None:
                 again = True
-                if obj.ballot is None and not self._acquire(obj):
+                if obj.ballot is None and not self._shares(obj) and not self._acquire(obj):
                     if obj.is_lacking and self._is_unknown(obj):
                         self._done(posted, [NO_STUDY])
                     else:
                         next(trying)
                     continue
                 self._send_unsent(obj)
-            elif self._wait_for_section(request):
+            elif posted.opened is not None:
+                self._share(obj)
+            elif self.wait_for_majority(request):
                 self._done(posted, self._section_reply(request))
             else:
                 # Refused, or lost: this one and all that were sent after it, as they build on it.
                 self._learn(obj, request)
-                self._raise_refusals(request, posted.post.head.keys)
+                self.raise_refusals(request, posted.post.head.keys)
                 obj.ballot = None
-                for later in self._outstanding:
-                    if later.obj is obj and later.request is not None:
-                        later.request = None
-                        self._unsent += 1
+                self._take_back(obj)
         return again
 
     def _send_unsent(self, obj: _Object) -> None:
-        """Send all posts of an object that were not sent; we have its ballot."""
-        if not self._unsent or obj.ballot is None:
+        """Send all posts of an object that were not sent, if we have its ballot or know of an open one."""
+        if not self._unsent or (obj.ballot is None and not self._shares(obj)):
             return
         for posted in self._outstanding:
             if posted.obj is obj and posted.request is None:
                 post, head = posted.post, posted.post.head
-                args = (*head.args, post.field, post.value, post.sequence)
-                posted.request = self._send_section(obj, obj.ballot, head.script.name, head.keys, args)
+                name, args = head.script.name, (*head.args, post.field, post.value, post.sequence)
+                if obj.ballot is not None:
+                    posted.request = self._send_section(obj, obj.ballot, name, head.keys, args)
+                elif obj.opened is not None:
+                    posted.opened = obj.opened
+                    posted.request = obj.opened.send(name, head.keys, args, self._new_id())
                 self._unsent -= 1
+
+    def _take_back(self, obj: _Object) -> None:
+        """All posts of an object that were sent have to be sent once more, in order."""
+        sent = [posted for posted in self._outstanding if posted.obj is obj and posted.request is not None]
+        # One that failed, while a later one did not, must not look as if it had been run before that.
+        failed = any(
+            isinstance(reply, RefusalError)
+            for posted in sent
+            if posted.opened is not None and posted.request is not None
+            for reply in posted.request.replies.values()
+        )
+        for posted in sent:
+            posted.request = posted.opened = None
+            if failed:
+                posted.post.sequence = self.next_sequence()
+        self._unsent += len(sent)
 
     def _done(self, posted: _Posted, reply: Any) -> None:
         self._outstanding.popleft()
@@ -347,56 +364,103 @@ class Ensemble:
     def _section_of(
         self, obj: _Object, name: str, keys: Sequence[str], args: Sequence[Argument], collect: bool
     ) -> Any:
-        trying = self._trying(_LONGEST_WAIT, _FIRST_WAIT)
+        trying = self.trying(_LONGEST_WAIT, _FIRST_WAIT)
         while True:
             if obj.ballot is not None:
                 self._send_unsent(obj)
                 request = self._send_section(obj, obj.ballot, name, keys, args)
                 if collect and self._outstanding:
                     self._collect()  # what was sent before is on the wires before
-                if self._wait_for_section(request):
+                if self.wait_for_majority(request):
+                    obj.ran_at = time.monotonic()
                     self._note_behind(obj, request)
                     return self._section_reply(request)
                 obj.ballot = None
                 self._learn(obj, request)
-                self._raise_refusals(request, keys)
-            elif collect and len(self._outstanding) > self._unsent:
+                self.raise_refusals(request, keys)
+            elif collect and any(p.obj is not obj or p.opened is None for p in self._sent()):
                 self._collect()
                 continue
+            elif self._shares(obj):
+                reply = self._share(obj, (name, keys, args))
+                if reply is not None:
+                    return reply[0]
             self._spacing.take(obj.name)
-            if not self._acquire(obj):
+            if not self._acquire(obj) and not self._shares(obj):
                 if obj.is_lacking and self._is_unknown(obj):
                     return [NO_STUDY]
                 next(trying)
+
+    def _sent(self) -> list[_Posted]:
+        return [posted for posted in self._outstanding if posted.request is not None]
+
+    def _new_id(self) -> str:
+        return f"{self._client}.{next(self._numbers)}"
+
+    def _shares(self, obj: _Object) -> bool:
+        """Whether we know of an open ballot, and nothing that we sent under it was lost."""
+        if obj.opened is not None and obj.opened.is_lost:
+            self._stop_sharing(obj, obj.opened)
+        return obj.opened is not None
+
+    def _stop_sharing(self, obj: _Object, opened: OpenBallot) -> None:
+        obj.opened, obj.must_own = None, not opened.is_closed
+        self._take_back(obj)
+
+    def _share(
+        self, obj: _Object, call: tuple[str, Sequence[str], Sequence[Argument]] | None = None
+    ) -> list[Any] | None:
+        """Run a section under an open ballot, after all that was posted to the object.
+
+        Returns:
+            The section's reply, in a list; None if it may not have been run.
+        """
+        opened = obj.opened
+        assert opened is not None
+        self._send_unsent(obj)
+        posts = list(itertools.takewhile(lambda p: p.opened is opened, self._outstanding))
+        request = None if call is None else opened.send(*call, self._new_id(), opened.start())
+        replies = [opened.reply(p.request) for p in posts if p.request is not None]
+        reply = None if request is None else opened.reply(request)
+        if None in replies or (call is not None and reply is None) or not opened.pass_on(reply):
+            self._stop_sharing(obj, opened)
+            return None
+        obj.ran_at = time.monotonic()
+        if self._repairs is not None:
+            self._repairs.ask_for(*opened.behind())
+        for posted, post_reply in zip(posts, replies, strict=True):
+            self._done(posted, post_reply and post_reply[1])
+        if time.monotonic() - opened.others_ran_at > _ALONE:
+            self._acquire(obj)
+        return [reply and reply[1]]
+
+    def _open(self, obj: _Object, ballot: str, at_best: Collection[int]) -> None:
+        """Let others share our ballot, on the master that everybody asks first."""
+        sequencer = next((m for m in self.masters if m.connected), None)
+        if sequencer is None or sequencer.index not in at_best:
+            return
+        sequencer.send_script(masters_script("open_ballot"), [obj.ballots_key], [ballot], Request())
+        self._release(obj, ballot)
+        reached = {index: obj.base[0] for index in at_best if index != sequencer.index}
+        keys = obj.ballots_key, obj.sections_key
+        obj.ballot, obj.opened = None, OpenBallot(self, keys, ballot, sequencer.index, reached)
 
     def _send_section(
         self, obj: _Object, ballot: str, name: str, keys: Sequence[str], args: Sequence[Argument]
     ) -> Request:
         """Send a section to all masters; from here on the next one builds on it."""
         seq, last = obj.base
-        new = f"{self._client}.{next(self._numbers)}"
+        new = self._new_id()
         request, script = Request(), wrapped("fenced", name)
         for master in self.masters:
             master.send_script(
                 script,
                 (*keys, obj.ballots_key, obj.sections_key),
-                (*args, ballot, seq, last, new, len(master.key_prefix), name, "commit"),
+                (*args, ballot, seq, last, new, len(master.key_prefix), name),
                 request,
             )
         obj.base = seq + 1, new
         return request
-
-    def _accepted(self, request: Request) -> bool:
-        return self._count(request, OK) >= self.q
-
-    @staticmethod
-    def _count(request: Request, code: int) -> int:
-        return sum(isinstance(r, list) and r[0] == code for r in request.replies.values())
-
-    def _is_refused(self, request: Request) -> bool:
-        """Whether no majority can accept it any more."""
-        refused = len(request.replies) - self._count(request, OK)
-        return len(self.masters) - refused - len(request.lost) < self.q
 
     @staticmethod
     def _section_reply(request: Request) -> Any:
@@ -419,16 +483,24 @@ class Ensemble:
         obj.is_lacking = False
         if sum(master.connected for master in self.masters) < self.q:
             return False  # who cannot win must not take the turn from those who can
-        request, runs = self._ask_for_votes(obj, ballot, self.masters, gate=True)
+        may_share = self._spacing.opens and not thoroughly and not obj.must_own and not obj.opened
+        request, runs = self._ask_for_votes(obj, ballot, self.masters, True, may_share)
+        obj.opened, obj.must_own = None, False
+        if self.count(request, OPEN):
+            index, reply = next(iter(request.replies.items()))
+            keys = obj.ballots_key, obj.sections_key
+            obj.opened = OpenBallot(self, keys, reply[1].decode(), index)
+            self.ballots.see(obj.opened.ballot)
+            return False
         if len(runs) == 1:  # the one that is asked first says no: there is nothing to give back
             self._learn(obj, request)
             return False
-        if self._accepted(request):
+        if self.accepted(request):
             # Who has not answered yet may refuse the section, and then has to catch up with it later.
-            self._wait_for_all(request, _SLOWEST, or_slow=True)
+            self.wait_for_all(request, _SLOWEST, or_slow=True)
             self._ask_again(obj, ballot, request)
         self._learn(obj, request)
-        self._raise_refusals(request, [obj.ballots_key])
+        self.raise_refusals(request, [obj.ballots_key])
         self._note_behind(obj, request)
         obj.is_lacking = self._is_lacking(request)
         states, known = self._votes(request, runs)
@@ -452,10 +524,19 @@ class Ensemble:
             return False
         obj.ballot, obj.base = ballot, best.base
         self._lacking_since = 0.0
+        alternates = not best.last.startswith(self._client) and time.monotonic() - obj.ran_at < _ALTERNATE
+        if may_share and alternates:
+            self._open(obj, ballot, at_best)
+            return False
         return True
 
     def _ask_for_votes(
-        self, obj: _Object, ballot: str, masters: Sequence[Master], gate: bool = False
+        self,
+        obj: _Object,
+        ballot: str,
+        masters: Sequence[Master],
+        gate: bool = False,
+        may_share: bool = False,
     ) -> tuple[Request, dict[int, str]]:
         """Send a ballot to these masters, and wait until a majority has granted it, or none can.
 
@@ -470,13 +551,13 @@ class Ensemble:
             if master.run != runs[master.index]:
                 request.lost.add(master.index)  # it restarted just now
                 continue
-            master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
+            master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS, int(may_share)], request)
             if at == 0 and gate:
                 # All contenders ask the same master first: who loses there keeps nobody from a majority.
-                self._wait_for(master, request, _GATE)
+                self.wait_for(master, request, _GATE)
                 if self._is_taken(request):
                     return request, {master.index: master.run}
-        self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
+        self.wait(request, lambda: self.accepted(request) or self.is_refused(request))
         return request, runs
 
     def _ask_again(self, obj: _Object, ballot: str, request: Request) -> None:
@@ -492,13 +573,13 @@ class Ensemble:
                 return
             for index in leased:
                 del request.replies[index]
-                self.masters[index].send_script(script, [obj.ballots_key], [ballot, _TTL_MS], request)
-            self._wait_for_all(request, _SLOWEST, or_slow=True)
+                self.masters[index].send_script(script, [obj.ballots_key], [ballot, _TTL_MS, 0], request)
+            self.wait_for_all(request, _SLOWEST, or_slow=True)
 
     def _is_taken(self, request: Request) -> bool:
         """Whether somebody else has the turn, as the only master says that was asked so far."""
         return len(request.replies) == 1 and bool(
-            self._count(request, LEASED) or self._count(request, STALE_BALLOT)
+            self.count(request, LEASED) or self.count(request, OPEN) or self.count(request, STALE_BALLOT)
         )
 
     def _votes(self, request: Request, runs: dict[int, str]) -> tuple[dict[int, State], Runs]:
@@ -528,38 +609,18 @@ class Ensemble:
         found = self._ask(source, "read_key", [obj.sections_key], ["LRANGE", first - best.seq, -1], obj)
         if found is None or State.of(*found[1:4]).base != best.base:
             return set()
-        entries = [_entry(raw) for raw in found[4]]
         requests: dict[int, Request] = {}
-        for index, state in behind.items():
-            missed = [entry for entry in entries if int(entry[0]) >= state.seq]
-            if not missed or (int(missed[0][0]), missed[0][1].decode()) != state.base:
-                continue  # it has run something that lost: it needs a copy
-            requests[index] = self._replay_on(self.masters[index], obj, ballot, missed)
+        for index in behind:
+            request = requests[index] = Request()
+            master, keys = self.masters[index], (obj.ballots_key, obj.sections_key)
+            words = (ballot, master.key_prefix, *found[4])
+            master.send_script(masters_script("run_sections"), keys, words, request)
         caught_up = set()
         for index, request in requests.items():
-            replies = self._wait_for(self.masters[index], request, 1.0)
-            if isinstance(replies, list) and all(isinstance(r, list) and r[0] == OK for r in replies):
+            reply = self.wait_for(self.masters[index], request, 1.0)
+            if isinstance(reply, list) and reply[0] == OK:
                 caught_up.add(index)
         return caught_up
-
-    def _replay_on(
-        self, master: Master, obj: _Object, ballot: str, missed: Sequence[Sequence[bytes]]
-    ) -> Request:
-        """Run all these sections on a master, in one transaction: it has caught up, or is where it was."""
-        master.send_plain(("MULTI",), Request())
-        for at, (seq, last, new, name, n_keys, *words) in enumerate(missed):
-            n = int(n_keys)
-            keys = [self.prefix + word.decode("utf-8", "surrogatepass") for word in words[:n]]
-            mode = "caught up" if at == len(missed) - 1 else "missed"
-            master.send_script(
-                wrapped("fenced", name.decode()),
-                (*keys, obj.ballots_key, obj.sections_key),
-                (*words[n:], ballot, seq, last, new, len(master.key_prefix), name, mode),
-                Request(),
-            )
-        request = Request()
-        master.send_plain(("EXEC",), request)
-        return request
 
     def _note_behind(self, obj: _Object, request: Request) -> None:
         """Have masters that were seen without data, or elsewhere than the majority, looked after."""
@@ -588,7 +649,7 @@ class Ensemble:
         trying: Iterator[int] | None = None
         tries = 0
         while True:
-            if collect and self._unsent:
+            if collect and not all(p.request is not None and p.opened is None for p in self._outstanding):
                 self._collect()
             requests = [self._send_read(name, keys, args) for keys, args in calls]
             if collect and self._outstanding and self._collect():
@@ -596,9 +657,9 @@ class Ensemble:
             last = requests[-1]
             self._wait_for_decision(last)
             for request in requests:
-                self._raise_refusals(request, calls[0][0])
+                self.raise_refusals(request, calls[0][0])
                 self._note_behind(obj, request)
-            if name == "get_stale_trials" and self._count(last, OK) >= self.q:
+            if name == "get_stale_trials" and self.count(last, OK) >= self.q:
                 return [_stale_on_all(request) for request in requests]
             indexes = [self._decided(request) for request in requests]
             if None not in indexes:
@@ -611,21 +672,17 @@ class Ensemble:
             if tries >= _READ_TRIES and not lacking:
                 # Others write all the time, or one left something on a minority: take a turn as writers do.
                 return [self._section(name, keys, args, collect=False) for keys, args in calls]
-            trying = trying or self._trying(longest=0.05, first=0.0005)
+            trying = trying or self.trying(longest=0.05, first=0.0005)
             next(trying)
 
-    def _all_answered(self, request: Request, or_slow: bool = False) -> bool:
-        slow = {m.index for m in self.masters if m.slow} if or_slow else set()
-        return len(request.replies.keys() | request.lost | slow) == len(self.masters)
-
     def _wait_for_decision(self, request: Request) -> None:
-        self._wait(request, lambda: self._decided(request) is not None or self._is_over(request))
+        self.wait(request, lambda: self._decided(request) is not None or self._is_over(request))
         if self._decided(request) is None:
-            self._wait_for_all(request, _GRACE, or_slow=True)
+            self.wait_for_all(request, _GRACE, or_slow=True)
 
     def _is_over(self, request: Request) -> bool:
         """Whether all that answer at all have answered, or a majority has and the rest may be slow."""
-        return self._all_answered(request) or len(request.replies) >= self.q
+        return self.all_answered(request) or len(request.replies) >= self.q
 
     def _send_read(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Request:
         request, script = Request(), wrapped("versioned", name)
@@ -644,13 +701,13 @@ class Ensemble:
 
     def _hint(self, name: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Tell all masters something that no decision depends on."""
-        trying = self._trying()
+        trying = self.trying()
         while True:
             request, script = Request(), wrapped("present", name)
             all_keys = (*keys, object_of(keys[0]) + "ballots")
             for master in self.masters:
                 master.send_script(script, all_keys, args, request)
-            if self._wait_for_section(request):
+            if self.wait_for_majority(request):
                 return self._section_reply(request)
             next(trying)
 
@@ -658,117 +715,8 @@ class Ensemble:
         """A read of one master's own state; None if it does not answer."""
         request = Request()
         self.masters[index].send_script(wrapped("versioned", name), (*keys, obj.ballots_key), args, request)
-        reply = self._wait_for(self.masters[index], request, 2.0)
+        reply = self.wait_for(self.masters[index], request, 2.0)
         return reply if isinstance(reply, list) and reply[0] == OK else None
-
-    # -- waiting ---------------------------------------------------------------------------------
-
-    def _wait(self, request: Request, done: Callable[[], bool], limit: float = 10.0) -> bool:
-        """Take replies as they come, until it is done or for so many seconds."""
-        deadline = 0.0
-        while not done():
-            now = time.monotonic()
-            if not deadline:
-                deadline = now + limit
-            elif now >= deadline:
-                return False
-            self._receive(min(deadline - now, 0.25))
-        return True
-
-    def _wait_for(self, master: Master, request: Request, limit: float) -> Any:
-        """The reply of one master; None if it does not come."""
-        index = master.index
-        self._wait(request, lambda: index in request.replies or index in request.lost, limit)
-        return request.replies.get(index)
-
-    def _wait_for_section(self, request: Request) -> bool:
-        """Wait until a majority has run a section, or none will; whether it has."""
-        self._wait(request, lambda: self._accepted(request) or self._is_refused(request))
-        return self._accepted(request)
-
-    def _wait_for_all(self, request: Request, limit: float, or_slow: bool = False) -> None:
-        self._wait(request, lambda: self._all_answered(request, or_slow), limit)
-
-    def _receive(self, seconds: float) -> None:
-        """Wait for replies, and take them; connections that were lost are made again meanwhile."""
-        for master in self.masters:
-            if master.tend():
-                self._check_names()
-        by_file = {master.fileno(): master for master in self.masters if master.connected}
-        if len(by_file) < len(self.masters):
-            seconds = min(seconds, 0.005)
-        if not by_file:
-            time.sleep(seconds)
-            return
-        if by_file.keys() != self._polled:
-            self._poll, self._polled = select.poll(), set(by_file)
-            for file in by_file:
-                self._poll.register(file, select.POLLIN)
-        for file, _ in self._poll.poll(max(seconds * 1000, 0.1)):
-            by_file[file].receive()
-
-    def _trying(self, longest: float = 0.1, first: float = 0.002) -> Iterator[int]:
-        """Pauses between tries; raises when the time is over."""
-        waiting = Backoff(self.timeout, first=first, longest=longest)
-        for number in itertools.count():
-            if sum(master.tend() for master in self.masters):
-                self._check_names()
-            self._raise_fatal()
-            if not waiting.wait():
-                raise self._quorum_error()
-            yield number
-
-    def _quorum_error(self) -> QuorumError:
-        nodes = {
-            m.address: "connected"
-            if m.connected
-            else f"{type(m.problem).__name__}: {m.problem}"
-            if m.problem
-            else "not reached yet"
-            for m in self.masters
-        }
-        answered = sum(m.connected for m in self.masters)
-        what = "; ".join(f"{address}: {text}" for address, text in nodes.items())
-        return QuorumError(
-            f"{answered} of {len(nodes)} masters can be used and {self.q} are needed; none were for "
-            f"{self.timeout:g} s ({what})",
-            address=self.address,
-            timeout=self.timeout,
-            needed=self.q,
-            answered=answered,
-            nodes=nodes,
-        )
-
-    def _raise_fatal(self) -> None:
-        fatal = [m.fatal for m in self.masters if m.fatal is not None]
-        for error in fatal:
-            if isinstance(error, ServerConfigurationError):
-                raise error
-        if len(fatal) > len(self.masters) - self.q:
-            raise fatal[0]
-
-    def _raise_refusals(self, request: Request, keys: Sequence[str]) -> None:
-        """Raise what so many masters say that no majority is left to say otherwise."""
-        errors = {i: r for i, r in request.replies.items() if isinstance(r, RefusalError)}
-        if len(errors) <= len(self.masters) - self.q:
-            return
-        index, error = next(iter(errors.items()))
-        address, code = self.masters[index].address, error.code
-        if code in ("WRONGPASS", "NOAUTH", "NOPERM"):
-            raise AccessDeniedError(f"{address} refused access: {error}", address=address)
-        if code in ("OOM", "MISCONF"):
-            raise ServerConfigurationError(
-                f"{address} takes no writes: {error}; raise its maxmemory, or see that it can save its data",
-                address=address,
-            )
-        if "WRONGTYPE" in str(error):
-            raise CorruptRecordError(
-                f"one of the keys {', '.join(keys)} on {address} is of another type: somebody else's data "
-                "stands under our prefix; choose another one with ?prefix=NAME",
-                key=keys[0],
-            )
-        if code == "ERR":
-            raise DLockError(f"{address}: {error}")
 
     # -- the ensemble itself -----------------------------------------------------------------------
 
@@ -777,38 +725,26 @@ class Ensemble:
         if self._greeted:
             return
         registry = self._object(self.keys.ballots)
-        trying = self._trying()
+        trying = self.trying()
         while True:
             if sum(m.connected for m in self.masters) >= self.q:
                 request = self._send_read("read_key", [self.keys.info], ["HLEN"])
-                self._wait_for_all(request, 1.0)
-                if self._count(request, OK) >= self.q:
+                self.wait_for_all(request, 1.0)
+                if self.count(request, OK) >= self.q:
                     break
                 tried = all(m.connected or m.problem is not None for m in self.masters)
                 if tried and self._is_lacking(request):
                     self._recover(registry, request)
-            self._receive(0.002)
+            self.receive(0.002)
             next(trying)
         self._greeted = True
         if len(self.masters) % 2 == 0:
             _warn_once(self.members)
 
-    def _check_names(self) -> None:
-        runs: dict[str, str] = {}
-        for master in self.masters:
-            if master.connected and master.run in runs:
-                error = master.fatal = ServerConfigurationError(
-                    f"{runs[master.run]} and {master.address} are the same server: list every master once",
-                    address=master.address,
-                )
-                master.close()  # it must not be counted twice
-                raise error
-            runs[master.run] = master.address
-
     def _is_unknown(self, obj: _Object) -> bool:
         """Whether a majority lacks the object as there is no such study; if it is lost, it is recovered."""
         request = self._send_read("read_key", [obj.ballots_key], ["HLEN"])
-        self._wait_for_all(request, 1.0)
+        self.wait_for_all(request, 1.0)
         if not self._is_lacking(request):
             return False
         if obj.name != object_of(self.keys.ballots):
@@ -821,7 +757,7 @@ class Ensemble:
 
     def _is_lacking(self, request: Request) -> bool:
         """Whether masters without data leave no majority, as things stand."""
-        without = self._count(request, NO_DATA)
+        without = self.count(request, NO_DATA)
         away = sum(not master.connected for master in self.masters)
         return without > 0 and len(self.masters) - without - away < self.q
 
@@ -854,7 +790,7 @@ class Ensemble:
             request = Request()
             master.send_plain(("SET", self.keys.members, pack_members(self.members), "NX"), Request())
             master.send_plain(("GET", self.keys.members), request)
-            reply = self._wait_for(master, request, 2.0)
+            reply = self.wait_for(master, request, 2.0)
             if not isinstance(reply, bytes):
                 return
             master.check_members(reply)
@@ -862,7 +798,7 @@ class Ensemble:
         for master in self.masters:
             master.send_script(script, [self.keys.ballots], [FIRST_BALLOT, ""], request)
             self._note_run(master)
-        self._wait_for_all(request, 2.0)
+        self.wait_for_all(request, 2.0)
 
     def _note_run(self, master: Master) -> None:
         """Remember, on the master, in which run it has data."""
@@ -879,7 +815,7 @@ class Ensemble:
             others = [master for master in self.masters if master.index != target]
             needed = needed_for_rebuild(len(self.masters))
             request, runs = self._ask_for_votes(obj, ballot, others)
-            self._wait_for_all(request, 1.0, or_slow=True)
+            self.wait_for_all(request, 1.0, or_slow=True)
             self._learn(obj, request)
             states, known = self._votes(request, runs)
             if len(states) < needed:
@@ -890,16 +826,16 @@ class Ensemble:
             for index in states:
                 script = masters_script("note_runs")
                 self.masters[index].send_script(script, [obj.ballots_key], [ballot, str(known)], told)
-            self._wait(told, lambda: self._count(told, OK) >= needed, 2.0)
+            self.wait(told, lambda: self.count(told, OK) >= needed, 2.0)
             source, best = max(states.items(), key=lambda item: item[1].order)
-            if self._count(told, OK) < needed or not self._install(
+            if self.count(told, OK) < needed or not self._install(
                 obj, ballot, source, best, target, None, known
             ):
                 self._release(obj, ballot)
                 return False
             obj.ballot, obj.base = ballot, best.base
             confirmed = self._send_section(obj, ballot, "confirm_state", [obj.ballots_key], [])
-            if not self._wait_for_section(confirmed):
+            if not self.wait_for_majority(confirmed):
                 obj.ballot = None
             return obj.ballot is not None
 
@@ -952,17 +888,6 @@ class Ensemble:
         self.masters[index].send_script(wrapped("versioned", "read_key"), [key, key], ["HLEN"], request)
         return bool(self.reply_of(self.masters[index], request, 2.0)[0] == NO_DATA)
 
-    def reply_of(self, master: Master, request: Request, limit: float) -> Any:
-        """The reply of one master.
-
-        Raises:
-            ConnectionError: If it does not come, or is a refusal.
-        """
-        reply = self._wait_for(master, request, limit)
-        if master.index not in request.replies or isinstance(reply, RefusalError):
-            raise ConnectionError(f"{master.address} does not answer: {reply}")
-        return reply
-
     def keys_of(self, name: str) -> RegistryKeys | StudyKeys:
         """The key names of an object."""
         text = name[name.rindex("{") + 1 : -2]
@@ -975,22 +900,11 @@ def _flush(ensemble: Ensemble) -> None:
     with ensemble.lock:
         ensemble._flusher = None
         try:
-            if ensemble._unsent:
+            if ensemble._outstanding:
                 ensemble._greet()
                 ensemble._collect()
         except DLockError as error:  # the next call that waits raises it
             _logger.debug("writes wait for their turn: %s", error)
-
-
-def _entry(raw: bytes) -> list[bytes]:
-    """The words of an entry of the list of sections: length:word, one after the other (see _fenced.lua)."""
-    words, at = [], 0
-    while at < len(raw):
-        colon = raw.index(b":", at)
-        end = colon + 1 + int(raw[at:colon])
-        words.append(raw[colon + 1 : end])
-        at = end
-    return words
 
 
 def _stale_on_all(request: Request) -> Any:

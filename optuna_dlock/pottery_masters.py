@@ -86,6 +86,8 @@ class PotterySpacing(Spacing):
         ServerConfigurationError: If pottery is not installed.
     """
 
+    opens = False
+
     def __init__(self, make_connections: Factories, address: str) -> None:
         self._make = functools.partial(_Redlocks, make_connections, address)
         self.forget()

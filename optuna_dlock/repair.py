@@ -134,7 +134,7 @@ class Copy:
             script = masters_script("acquire_ballot")
             for master in self._ensemble.masters:
                 if master is not self._target:
-                    master.send_script(script, [self._keys.ballots], [self._ballot, _TTL_MS], Request())
+                    master.send_script(script, [self._keys.ballots], [self._ballot, _TTL_MS, 0], Request())
 
     def _from_source(self, command: str, key: str, *args: Argument) -> Any:
         request = Request()
@@ -169,6 +169,8 @@ class Repairs:
 
     def ask_for(self, *indexes: int) -> None:
         """Masters were seen without data that others have."""
+        if not indexes:
+            return
         self._wanted.update(indexes)
         if self._thread is None or not self._thread.is_alive():
             self._stopped = False

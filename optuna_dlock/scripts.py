@@ -30,6 +30,7 @@ NO_DATA = -20
 STALE_BALLOT = -21
 GAP = -22
 LEASED = -23
+OPEN = -24
 
 _INCLUDE = re.compile(r"^-- include (\w+)\n", re.MULTILINE)
 
@@ -83,21 +84,32 @@ READS = (
     ),
 )
 HINTS = ("record_heartbeat",)
-_BODY = "-- body\n"
+_BODY, _BODIES = "-- body\n", "-- bodies\n"
 
 
 @cache
 def wrapped(wrapper: str, name: str) -> Script:
     """The script `name` as the body of `lua/masters/_<wrapper>.lua`; its own name stays."""
     around = _file("masters", "_" + wrapper)
-    body = _read(name) if name in _names("lua") else _file("masters", name)
-    return Script(name, around.replace(_BODY, body, 1))
+    return Script(name, _including(around).replace(_BODY, _body(name), 1))
 
 
 @cache
 def masters_script(name: str) -> Script:
-    """The script in `lua/masters/<name>.lua`, as it is."""
-    return Script(name, _file("masters", name))
+    """The script in `lua/masters/<name>.lua`."""
+    source = _including(_file("masters", name))
+    if _BODIES in source:
+        bodies = (f"bodies.{each} = function(KEYS, ARGV)\n{_body(each)}end\n" for each in (*SECTIONS, *READS))
+        source = source.replace(_BODIES, "".join(bodies), 1)
+    return Script(name, source)
+
+
+def _body(name: str) -> str:
+    return _read(name) if name in _names("lua") else _file("masters", name)
+
+
+def _including(source: str) -> str:
+    return _INCLUDE.sub(lambda match: _file("masters", "_" + match[1]), source)
 
 
 @cache
@@ -106,6 +118,7 @@ def all_masters_scripts() -> tuple[Script, ...]:
     own = set(_names("lua", "masters")) - set(SECTIONS) - set(READS)
     return (
         *(wrapped("fenced", name) for name in (*SECTIONS, *READS)),
+        *(wrapped("sequenced", name) for name in (*SECTIONS, *READS)),
         *(wrapped("versioned", name) for name in READS),
         *(wrapped("present", name) for name in HINTS),
         *(masters_script(name) for name in sorted(own)),

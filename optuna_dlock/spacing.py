@@ -9,6 +9,8 @@ class Spacing:
     `PotterySpacing` is the other kind. An ensemble uses it under its lock, so one thread at a time.
     """
 
+    opens = True  # whether contenders may share a ballot, after which nobody needs to be kept apart
+
     def take(self, name: str) -> None:
         """Wait for the turn to ask for a ballot of this object; it may return without having got it.
 

@@ -285,7 +285,7 @@ def test_who_reaches_no_majority_leaves_the_turn_to_those_who_do() -> None:
 
 def _connected(storage: RedisLockedStorage) -> int:
     ensemble = ensemble_of(storage)
-    ensemble._receive(0.01)
+    ensemble.receive(0.01)
     return sum(master.connected for master in ensemble.masters)
 
 
@@ -352,7 +352,7 @@ def test_a_holder_that_was_paused_past_its_lease_is_refused_and_goes_on(
         time.sleep(0.003)  # three times the lease
         numbers.append(quick.create_new_trial(study_id) & 0xFFFF)
         request = real(*args)  # type: ignore[arg-type]
-        refused += not ensemble._wait_for_section(request)
+        refused += not ensemble.wait_for_majority(request)
         return request
 
     for _ in range(200):
@@ -393,8 +393,8 @@ def _run_empty_section(ensemble: Ensemble, obj: _Object) -> int:
     """How many masters take it."""
     assert obj.ballot is not None
     request = ensemble._send_section(obj, obj.ballot, "confirm_state", [obj.ballots_key], [])
-    ensemble._wait_for_all(request, 5.0)
-    return ensemble._count(request, 0)
+    ensemble.wait_for_all(request, 5.0)
+    return ensemble.count(request, 0)
 
 
 def test_a_section_that_reached_one_master_only_is_adopted_or_never_seen(url: str) -> None:
@@ -525,7 +525,7 @@ def _level(storage: RedisLockedStorage, study_id: int) -> bool:
     with ensemble.lock:
         key = storage._registry.study_keys(study_id).ballots
         request = ensemble._send_read("read_key", [key], ["HLEN"])
-        ensemble._wait_for_all(request, 1.0)
+        ensemble.wait_for_all(request, 1.0)
         states = [reply[2] for reply in request.replies.values() if isinstance(reply, list) and reply[0] == 0]
     return len(states) == 3 and len(set(states)) == 1
 

@@ -79,7 +79,7 @@ def _hold(url: str, name: str, folder: Path, rounds: int, sent: int) -> None:
         wait_until((folder / f"go{at}").exists, "told to begin", 300.0)
         sleeper.arm(folder / f"asleep{at}")
         number = storage.create_new_trial(study_id) & 0xFFFFFFFF
-        outcome = {"number": number, "was accepted": masters._accepted(sleeper.request)}
+        outcome = {"number": number, "was accepted": masters.accepted(sleeper.request)}
         new = folder / "new"
         new.write_text(json.dumps(outcome))
         new.rename(folder / f"woke{at}")
