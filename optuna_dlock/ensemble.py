@@ -284,15 +284,15 @@ class Ensemble(Fanout):
             obj, request = posted.obj, posted.request
             if request is None:
                 again = True
-                if obj.ballot is None and not self._shares(obj) and not self._acquire(obj):
+                if obj.ballot is None and not self._opened(obj) and not self._acquire(obj):
                     if obj.is_lacking and self._is_unknown(obj):
                         self._done(posted, [NO_STUDY])
-                    else:
+                    elif obj.opened is None:
                         next(trying)
                     continue
                 self._send_unsent(obj)
             elif posted.opened is not None:
-                self._share(obj)
+                self._share(obj, posted.opened)
             elif self.wait_for_majority(request):
                 self._done(posted, self._section_reply(request))
             else:
@@ -305,7 +305,8 @@ class Ensemble(Fanout):
 
     def _send_unsent(self, obj: _Object) -> None:
         """Send all posts of an object that were not sent, if we have its ballot or know of an open one."""
-        if not self._unsent or (obj.ballot is None and not self._shares(obj)):
+        opened = self._opened(obj)
+        if not self._unsent or (obj.ballot is None and opened is None):
             return
         for posted in self._outstanding:
             if posted.obj is obj and posted.request is None:
@@ -313,9 +314,9 @@ class Ensemble(Fanout):
                 name, args = head.script.name, (*head.args, post.field, post.value, post.sequence)
                 if obj.ballot is not None:
                     posted.request = self._send_section(obj, obj.ballot, name, head.keys, args)
-                elif obj.opened is not None:
-                    posted.opened = obj.opened
-                    posted.request = obj.opened.send(name, head.keys, args, self._new_id())
+                elif opened is not None:
+                    posted.opened = opened
+                    posted.request = opened.send(name, head.keys, args, self._new_id())
                 self._unsent -= 1
 
     def _take_back(self, obj: _Object) -> None:
@@ -381,12 +382,12 @@ class Ensemble(Fanout):
             elif collect and any(p.obj is not obj or p.opened is None for p in self._sent()):
                 self._collect()
                 continue
-            elif self._shares(obj):
-                reply = self._share(obj, (name, keys, args))
+            elif opened := self._opened(obj):
+                reply = self._share(obj, opened, (name, keys, args))
                 if reply is not None:
                     return reply[0]
             self._spacing.take(obj.name)
-            if not self._acquire(obj) and not self._shares(obj):
+            if not self._acquire(obj) and not self._opened(obj):
                 if obj.is_lacking and self._is_unknown(obj):
                     return [NO_STUDY]
                 next(trying)
@@ -397,42 +398,44 @@ class Ensemble(Fanout):
     def _new_id(self) -> str:
         return f"{self._client}.{next(self._numbers)}"
 
-    def _shares(self, obj: _Object) -> bool:
-        """Whether we know of an open ballot, and nothing that we sent under it was lost."""
+    def _opened(self, obj: _Object) -> OpenBallot | None:
+        """The open ballot that we know of, if nothing that we sent under it was lost."""
         if obj.opened is not None and obj.opened.is_lost:
             self._stop_sharing(obj, obj.opened)
-        return obj.opened is not None
+        return obj.opened
 
     def _stop_sharing(self, obj: _Object, opened: OpenBallot) -> None:
         obj.opened, obj.must_own = None, not opened.is_closed
         self._take_back(obj)
 
     def _share(
-        self, obj: _Object, call: tuple[str, Sequence[str], Sequence[Argument]] | None = None
+        self,
+        obj: _Object,
+        opened: OpenBallot,
+        call: tuple[str, Sequence[str], Sequence[Argument]] | None = None,
     ) -> list[Any] | None:
         """Run a section under an open ballot, after all that was posted to the object.
 
         Returns:
             The section's reply, in a list; None if it may not have been run.
         """
-        opened = obj.opened
-        assert opened is not None
         self._send_unsent(obj)
         posts = list(itertools.takewhile(lambda p: p.opened is opened, self._outstanding))
-        request = None if call is None else opened.send(*call, self._new_id(), opened.start())
-        replies = [opened.reply(p.request) for p in posts if p.request is not None]
-        reply = None if request is None else opened.reply(request)
-        if None in replies or (call is not None and reply is None) or not opened.pass_on(reply):
+        request = None if call is None else opened.send(*call, self._new_id(), is_last=True)
+        replies = opened.replies(
+            [*(p.request for p in posts if p.request is not None), *([request] if request else ())]
+        )
+        if replies is None or not opened.pass_on(None if request is None else replies[-1]):
             self._stop_sharing(obj, opened)
             return None
         obj.ran_at = time.monotonic()
         if self._repairs is not None:
             self._repairs.ask_for(*opened.behind())
-        for posted, post_reply in zip(posts, replies, strict=True):
-            self._done(posted, post_reply and post_reply[1])
-        if time.monotonic() - opened.others_ran_at > _ALONE:
+        for posted, reply in zip(posts, replies, strict=False):
+            self._done(posted, reply[1])
+        if obj.ran_at - opened.others_ran_at > _ALONE:
             self._acquire(obj)
-        return [reply and reply[1]]
+        return None if request is None else [replies[-1][1]]
 
     def _open(self, obj: _Object, ballot: str, at_best: Collection[int]) -> None:
         """Let others share our ballot, on the master that everybody asks first."""
@@ -469,7 +472,7 @@ class Ensemble(Fanout):
     def _learn(self, obj: _Object, request: Request) -> None:
         """Note the ballots that masters have told."""
         for reply in request.replies.values():
-            if isinstance(reply, list) and reply[0] in (STALE_BALLOT, LEASED):
+            if isinstance(reply, list) and reply[0] in (STALE_BALLOT, LEASED, OPEN):
                 self.ballots.see(reply[1].decode())
                 obj.highest = max(obj.highest, reply[1].decode())
 
@@ -486,14 +489,13 @@ class Ensemble(Fanout):
         may_share = self._spacing.opens and not thoroughly and not obj.must_own and not obj.opened
         request, runs = self._ask_for_votes(obj, ballot, self.masters, True, may_share)
         obj.opened, obj.must_own = None, False
-        if self.count(request, OPEN):
-            index, reply = next(iter(request.replies.items()))
-            keys = obj.ballots_key, obj.sections_key
-            obj.opened = OpenBallot(self, keys, reply[1].decode(), index)
-            self.ballots.see(obj.opened.ballot)
-            return False
         if len(runs) == 1:  # the one that is asked first says no: there is nothing to give back
             self._learn(obj, request)
+            (index,) = runs
+            code, promised = request.replies[index]
+            if code == OPEN:
+                keys = obj.ballots_key, obj.sections_key
+                obj.opened = OpenBallot(self, keys, promised.decode(), index)
             return False
         if self.accepted(request):
             # Who has not answered yet may refuse the section, and then has to catch up with it later.
@@ -551,7 +553,9 @@ class Ensemble(Fanout):
             if master.run != runs[master.index]:
                 request.lost.add(master.index)  # it restarted just now
                 continue
-            master.send_script(script, [obj.ballots_key], [ballot, _TTL_MS, int(may_share)], request)
+            master.send_script(
+                script, [obj.ballots_key], [ballot, _TTL_MS, int(may_share and at == 0)], request
+            )
             if at == 0 and gate:
                 # All contenders ask the same master first: who loses there keeps nobody from a majority.
                 self.wait_for(master, request, _GATE)
@@ -810,7 +814,7 @@ class Ensemble(Fanout):
         """Give a master that has forgotten an object a copy, after which it votes again."""
         with self.lock:
             obj = self._object(name + "ballots")
-            obj.ballot = None
+            obj.ballot = obj.opened = None
             ballot = self.ballots.next(obj.highest)
             others = [master for master in self.masters if master.index != target]
             needed = needed_for_rebuild(len(self.masters))

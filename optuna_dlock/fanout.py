@@ -52,10 +52,12 @@ class Fanout:
         self._poll, self._polled = select.poll(), set[int]()
 
     def accepted(self, request: Request) -> bool:
+        """Whether a majority has run it."""
         return self.count(request, OK) >= self.q
 
     @staticmethod
     def count(request: Request, code: int) -> int:
+        """How many masters replied with a code."""
         return sum(isinstance(r, list) and r[0] == code for r in request.replies.values())
 
     def is_refused(self, request: Request) -> bool:
@@ -64,6 +66,7 @@ class Fanout:
         return len(self.masters) - refused - len(request.lost) < self.q
 
     def all_answered(self, request: Request, or_slow: bool = False) -> bool:
+        """Whether no reply is to be expected any more; `or_slow`: but from masters that are slow."""
         slow = {m.index for m in self.masters if m.slow} if or_slow else set()
         return len(request.replies.keys() | request.lost | slow) == len(self.masters)
 
@@ -93,6 +96,7 @@ class Fanout:
         return self.accepted(request)
 
     def wait_for_all(self, request: Request, limit: float, or_slow: bool = False) -> None:
+        """Wait until all have answered, for so many seconds at most."""
         self.wait(request, lambda: self.all_answered(request, or_slow), limit)
 
     def receive(self, seconds: float) -> None:

@@ -14,12 +14,11 @@ from typing import Any
 from optuna_dlock.fanout import Fanout
 from optuna_dlock.master import Request
 from optuna_dlock.node import Argument
-from optuna_dlock.scripts import GAP, OK, STALE_BALLOT, masters_script, wrapped
+from optuna_dlock.scripts import GAP, NO_DATA, OK, STALE_BALLOT, masters_script, wrapped
 
-_PATIENCE = 0.1  # seconds after which a sequencer is too slow to go by
-_FAR_BEHIND = (
-    64  # sections; a master that lacks more is not waited for, and looked after (ENTRIES_CAP in Lua)
-)
+_PATIENCE = 0.25  # seconds after which a sequencer is too slow to go by
+_SPARE = 4  # sections
+_MOST = 128  # sections that are passed on at once; a master that lacks more is looked after
 
 
 class OpenBallot:
@@ -54,8 +53,10 @@ class OpenBallot:
         self._reached = dict(reached or {})
         self._sent: Request | None = None
         self._passed: Request | None = None
+        self._behind: set[int] = set()
         self._seq = -1
         self._own = 0  # sections sent since then
+        self._spare = _SPARE  # sections of others that the rest may lack when we pass on ours
 
     @property
     def is_lost(self) -> bool:
@@ -63,44 +64,49 @@ class OpenBallot:
         return self._sent is not None and self._sequencer.index in self._sent.lost
 
     def send(
-        self, name: str, keys: Sequence[str], args: Sequence[Argument], this: str, start: int | str = ""
+        self, name: str, keys: Sequence[str], args: Sequence[Argument], this: str, is_last: bool = False
     ) -> Request:
-        """Have the sequencer run a section, and return what was run from a sequence number on."""
+        """Have the sequencer run a section; the reply to the last one brings what is to be passed on."""
         request = self._sent = Request()
         self._own += 1
-        words = (*args, self.ballot, this, len(self._sequencer.key_prefix), name, start)
+        wanted = (self._start(), self._own + self._spare) if is_last else (0, 0)
+        words = (*args, self.ballot, this, len(self._sequencer.key_prefix), name, *wanted)
         self._sequencer.send_script(wrapped("sequenced", name), (*keys, *self._keys), words, request)
         return request
 
-    def reply(self, request: Request) -> list[Any] | None:
-        """What the sequencer replied; None if it did not run it."""
-        reply = self._fanout.wait_for(self._sequencer, request, _PATIENCE)
-        if isinstance(reply, list) and reply[0] == OK:
-            return reply
-        self.is_closed = isinstance(reply, list) and reply[0] == STALE_BALLOT
-        return None
+    def replies(self, requests: Sequence[Request]) -> list[list[Any]] | None:
+        """What the sequencer replied to all of these; None if it did not run them all."""
+        replies = []
+        for request in requests:
+            reply = self._fanout.wait_for(self._sequencer, request, _PATIENCE)
+            if not isinstance(reply, list) or reply[0] != OK:
+                self.is_closed = isinstance(reply, list) and reply[0] == STALE_BALLOT
+                return None
+            replies.append(reply)
+        return replies
 
-    def start(self) -> int:
+    def _start(self) -> int:
         """The sequence number from which on the other masters may lack sections."""
         self._note_reached()
         connected = [
             reached for index, reached in self._reached.items() if self._fanout.masters[index].connected
         ]
-        return min((r for r in connected if r >= max(connected) - _FAR_BEHIND), default=0)
+        return min((r for r in connected if r >= max(connected) - _MOST), default=0)
 
     def pass_on(self, reply: Sequence[Any] | None = None) -> bool:
         """Have a majority run what the sequencer has run; whether it has.
 
         Args:
-            reply: The sequencer's to a section that was sent with `start`; None to ask what it has run.
+            reply: The sequencer's to the last section; None to ask what it has run.
         """
         for _ in range(2):
             if reply is None:
                 request, script = Request(), masters_script("get_sections")
-                self._sequencer.send_script(script, self._keys, [self.ballot, self.start()], request)
-                reply = self.reply(request)
-                if reply is None:
+                self._sequencer.send_script(script, self._keys, [self.ballot, self._start(), _MOST], request)
+                replies = self.replies([request])
+                if replies is None:
                     return False
+                (reply,) = replies
             *_, seq, entries = reply
             request, script = Request(), masters_script("run_sections")
             request.replies[self._sequencer.index] = [OK]
@@ -113,24 +119,33 @@ class OpenBallot:
             if self._fanout.wait_for_majority(request):
                 if self._seq != seq - self._own:
                     self.others_ran_at = time.monotonic()
+                missing = max(r[2] for r in request.replies.values() if isinstance(r, list) and len(r) == 3)
+                self._spare = max(2 * (missing - self._own) + _SPARE, self._spare - 1)
                 self._seq, self._own = seq, 0
                 return True
             if not self._fanout.count(request, GAP):
                 return False
-            reply = None  # they lack more than we knew
+            reply = None  # they lack more than we thought
+            self._spare = min(2 * self._spare, _MOST)
         return False
 
     def behind(self) -> list[int]:
-        """Masters that were not reached with what was passed on: they need more than that."""
+        """Masters that cannot catch up with what is passed on; each is told once."""
         self._note_reached()
-        return []
+        behind, self._behind = sorted(self._behind), set()
+        return behind
 
     def _note_reached(self) -> None:
-        if self._passed is None:
-            return
-        for index, reply in self._passed.replies.items():
-            if index != self._sequencer.index and isinstance(reply, list):
-                if reply[0] == OK:
-                    self._reached[index] = max(self._reached.get(index, 0), reply[1])
-                elif reply[0] == GAP:
-                    self._reached[index] = int(reply[2])
+        """Look at the replies to what was passed on last, those that came late as well."""
+        passed, self._passed = self._passed, None
+        for index, reply in passed.replies.items() if passed is not None else ():
+            if index == self._sequencer.index or not isinstance(reply, list):
+                continue
+            if reply[0] == OK:
+                self._reached[index] = max(self._reached.get(index, 0), reply[1])
+            elif reply[0] == GAP:
+                if self._reached.get(index) == int(reply[2]):
+                    self._behind.add(index)  # it was sent what follows, and has run something else
+                self._reached[index] = int(reply[2])
+            elif reply[0] == NO_DATA or reply[1].decode() < self.ballot:
+                self._behind.add(index)

@@ -24,9 +24,11 @@ from tests.simulation.wire import Network, SimulatedConnection
 # What is exchanged, by module.
 _EXCHANGED = {
     "budget": ("time", "Backoff"),
-    "ensemble": ("time", "select", "secrets", "threading", "Backoff", "_TTL_MS"),
+    "ensemble": ("time", "secrets", "threading", "_TTL_MS"),
     "ensemble_lock": ("time", "random", "secrets", "threading"),
+    "fanout": ("time", "select", "threading", "Backoff"),
     "master": ("time", "threading", "all_masters_scripts"),
+    "open_ballot": ("time",),
     "quorum": ("random",),
     "repair": ("time", "threading", "_TTL_MS"),
     "retry": ("random",),

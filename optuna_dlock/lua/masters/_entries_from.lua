@@ -1,5 +1,5 @@
 -- entries_from: the entries of sections from one sequence number up to another, at most so many of the last ones.
-local ENTRIES_CAP = 128
-local function entries_from(sections, from, seq)
-  return redis.call('LRANGE', sections, -math.min(math.max(seq - from, 1), ENTRIES_CAP), -1)
+local function entries_from(sections, from, seq, most)
+  local n = math.min(seq - from, most)
+  return n > 0 and redis.call('LRANGE', sections, -n, -1) or {}
 end

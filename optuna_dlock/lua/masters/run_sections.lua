@@ -1,7 +1,7 @@
 -- run_sections: run those of consecutive sections that this master has not run, in one step.
 -- KEYS[1] ballots (hash)  KEYS[2] sections (list)
 -- ARGV[1] ballot  ARGV[2] what this master's key names begin with  ARGV[3..] entries, as in the list of sections
--- Returns {0, sequence number} | {-20} NO_DATA | {-21, promised ballot} STALE_BALLOT
+-- Returns {0, sequence number, how many it has run now} | {-20} NO_DATA | {-21, promised ballot} STALE_BALLOT
 --   | {-22, accepted ballot, sequence number, last section} GAP; an error if a section fails
 -- Retry-safe: what was run already is passed over.
 -- The names of the sections' keys cannot be declared in KEYS: they are known from the entries only. The ballot says under
@@ -19,10 +19,11 @@ end
 local seq, last = f[3], f[4]
 local at = 3 + (seq - string.match(ARGV[3], '^%d+'))
 if at > #ARGV and f[2] == ARGV[1] then
-  return {0, tonumber(seq)} -- all that is accepted under a ballot are beginnings of one sequence
+  return {0, tonumber(seq), 0} -- all that is accepted under a ballot are beginnings of one sequence
 elseif at < 3 or at > #ARGV then
   return {-22, f[2], seq, last}
 end
+local missing = #ARGV - at + 1
 while at <= #ARGV do
   local before, previous, this, start = string.match(ARGV[at], '^(%d+) (%S+) (%S+) ()')
   if before ~= seq or previous ~= last then
@@ -42,4 +43,4 @@ while at <= #ARGV do
   seq, last, at = string.format('%.0f', seq + 1), this, at + 1
 end
 redis.call('HSET', KEYS[1], 'a', f[1], 's', seq, 'i', last)
-return {0, tonumber(seq)}
+return {0, tonumber(seq), missing}
