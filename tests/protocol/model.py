@@ -132,7 +132,8 @@ class Setup(NamedTuple):
     """What is explored: `programs` and `ballots` per client, and the mistakes that are made.
 
     `opens` are the ballots that their owners open.  If there are any, every client may have each of its
-    operations sequenced under each of them, `requests` times.
+    operations sequenced under each of them, `requests` times; a read too, which is then told what the section
+    finds where it is.
     """
 
     programs: tuple[tuple[str, ...], ...]
@@ -471,7 +472,8 @@ class Model:
             replies = [slot.known[c] for slot in state.slots]
             log = self._believed([reply for reply in replies if reply is not None])
             if log is not None:
-                yield f"client {c} reads {log}", self._returned(state, c, log)
+                slots, clients = list(state.slots), list(state.clients)
+                yield f"client {c} reads {log}", self._returned(state, slots, clients, c, log)
         if client.phase == FORWARDING:
             for j, slot in enumerate(state.slots):
                 if slot.known[c] is None and slot.record is not None and self._has(slot.record, client.log):
@@ -493,8 +495,9 @@ class Model:
             for slot in state.slots
         ) and all(slot.known[self.owner[client.ballot]] is None for slot in state.slots)
 
-    def _returned(self, state: State, c: int, log: Log) -> State | Broken:
-        slots, clients = list(state.slots), list(state.clients)
+    def _returned(
+        self, state: State, slots: list[Slot], clients: list[Client], c: int, log: Log
+    ) -> State | Broken:
         told = self.facts_of(log)
         missed = (clients[c].need or frozenset()) - told
         if missed:
@@ -672,7 +675,7 @@ class Model:
             for i, kind in enumerate(self.setup.programs[c][: client.operation + 1]):
                 operation = 10 * (c + 1) + i
                 section = (1000 * ballot + operation, operation)
-                if kind == "read" or record.log.count(section) == self.setup.requests:
+                if record.log.count(section) == self.setup.requests:
                     continue
                 accepted = record.accepted if "sequenced under the old ballot" in self.mistakes else ballot
                 after = record._replace(accepted=accepted, log=(*record.log, section))
@@ -681,7 +684,11 @@ class Model:
                 label = f"operation {operation} is sequenced: master {_name(record)} -> {_name(after)}"
                 yield f"{label}, unheard", self._state(slots, clients, state.facts, state.restarts)
                 if i == client.operation:
-                    self._enter(slots, clients, c, client._replace(phase=FORWARDING, log=after.log))
+                    need = client.need
+                    if kind == "read" and need is None:
+                        need = state.facts
+                    forwarding = client._replace(phase=FORWARDING, log=after.log, need=need)
+                    self._enter(slots, clients, c, forwarding)
                     forward = Message(FORWARD, ballot, 0, 0, after.log)
                     for other, slot in enumerate(slots):
                         if other != j:
@@ -697,6 +704,8 @@ class Model:
         oks = sum(slot.known[c] == (OK, ()) for slot in slots)
         if oks < (1 if "the sequencer is enough" in self.mistakes else self.majority):
             return label, self._state(slots, clients, state.facts, state.restarts)
+        if self.setup.programs[c][client.operation] == "read":
+            return f"{label}; it reads {client.log}", self._returned(state, slots, clients, c, client.log)
         told = self._answer(client.log, client.log[-1][1])
         try:
             facts = self._tell(state.facts, told)
