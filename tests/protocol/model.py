@@ -2,6 +2,8 @@
 
 Several masters keep one object as a log of sections; clients append to it by acquire (a ballot), synchronise
 (replay or install) and commit, read it by a rule, and rebuild a master that restarted without its data.
+Or who has acquired a ballot opens it at one master, the sequencer: from then on this one alone proposes under
+it, what any client asks it to, and each client forwards what the sequencer has to the other masters.
 
 What the adversary may do: deliver any message in flight at any time or never, in any order, after its sender
 went on to other things; lose any answer; stop a client for ever anywhere; restart one master, which then
@@ -27,9 +29,16 @@ What keeps the model small, without leaving out a behaviour:
   are sorted: masters are interchangeable.
 * A message that was executed does nothing when it is delivered again, so it is delivered once; the mistakes
   for which that is not true keep theirs in flight.
+* Requests to a sequencer are not kept as messages: one may arrive for any operation that was begun, the past
+  ones too (late), as often as the setup says.
+* What is forwarded is the sequencer's whole log.  Were it less, more masters would refuse it, as if it
+  were lost.
+* The opener opens as soon as the sequencer is synchronised, be a majority so or not: it may do more.
+* A ballot that is open nowhere but where a higher one is promised is as good as closed, and is noted so.
 
 A trial's number is its position in the object's list.  The log of a record holds `(identity, operation)`, and
-the identity of a section is the ballot it was committed with: with its position that is unique.
+the identity of a section is the ballot it was committed with, or that and the operation if it was sequenced:
+with its position that is unique.
 """
 
 from __future__ import annotations
@@ -49,12 +58,14 @@ Fact = tuple[str, int, int]
 Known = tuple[int, Log] | None
 """What a client knows of a master: its (accepted ballot, log), or (OK, ()) once it committed."""
 
-ACQUIRE, REPLAY, INSTALL, COMMIT, REBUILD, REPLICATE = range(6)
-ACQUIRING, COMMITTING, READING, DONE = range(4)
+ACQUIRE, REPLAY, INSTALL, COMMIT, REBUILD, REPLICATE, OPEN, FORWARD = range(8)
+ACQUIRING, COMMITTING, READING, DONE, SEQUENCING, FORWARDING = range(6)
 OK = 1000
+SPENT = 1000
+"""The ballot of a client that has none left, but may have its operations sequenced."""
 EMPTY = 0
 
-KINDS = ("acquire", "replay", "install", "commit", "rebuild", "replicate")
+KINDS = ("acquire", "replay", "install", "commit", "rebuild", "replicate", "open", "forward")
 
 
 class Record(NamedTuple):
@@ -65,13 +76,15 @@ class Record(NamedTuple):
     log: Log
     epoch: int
     """How many restarts (of any master) a rebuild told this master of."""
+    opened: int = 0
+    """The ballot that is open here, under which this master alone proposes; 0 if none is."""
 
 
 class Message(NamedTuple):
     """A script on its way to a master.
 
-    `size` and `identity` are (S, I) of the base that a replay or a commit must find there; for an acquire
-    and a rebuild, `size` is the epoch.  `log` is the section to commit, or all of the state to reach.
+    `size` and `identity` are (S, I) of the base that a replay, a commit or an open must find there; for an
+    acquire and a rebuild, `size` is the epoch.  `log` is the section to commit, or all of the state to reach.
     """
 
     kind: int
@@ -101,7 +114,7 @@ class Client(NamedTuple):
     ballot: int
     epoch: int
     log: Log
-    """While it commits: the log that it commits."""
+    """The log that it commits or forwards; the base of the ballot that it opens."""
     need: frozenset[Fact] | None
     """While it reads: what was known to anybody when the first master was asked."""
 
@@ -116,13 +129,20 @@ class State(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What is explored: `programs` and `ballots` per client, and the mistakes that are made."""
+    """What is explored: `programs` and `ballots` per client, and the mistakes that are made.
+
+    `opens` are the ballots that their owners open.  If there are any, every client may have each of its
+    operations sequenced under each of them, `requests` times; a read too, which is then told what the section
+    finds where it is.
+    """
 
     programs: tuple[tuple[str, ...], ...]
     ballots: tuple[tuple[int, ...], ...]
     masters: int = 3
     restarts: int = 0
     mistakes: frozenset[str] = frozenset()
+    opens: frozenset[int] = frozenset()
+    requests: int = 1
 
 
 class Violation(NamedTuple):
@@ -174,7 +194,12 @@ class Model:
             for c, program in enumerate(setup.programs)
             for i, kind in enumerate(program)
         }
-        self.exact = not self.mistakes & {"commit ignores the promise", "shared key names"}
+        self.exact = not self.mistakes & {
+            "commit ignores the promise",
+            "shared key names",
+            "forward ignores the promise",
+            "sequenced under a ballot that is over",
+        }
         self.facts_of = lru_cache(maxsize=None)(self._facts_of)
         self.pool: dict[Slot, Slot] = {}
 
@@ -251,6 +276,8 @@ class Model:
             return message.ballot > record.promised and self._epoch_fits(record, message)
         if message.ballot != record.promised:
             return message.ballot > record.promised and message.ballot in promises
+        if message.kind == OPEN:
+            return record.opened != message.ballot
         if self._regresses(message):
             return True
         size = message.size + 1 if message.kind == COMMIT else len(message.log)
@@ -283,11 +310,14 @@ class Model:
                 slots[j] = slot._replace(known=_put(slot.known, c, None))
 
     def _acquire(self, slots: list[Slot], clients: list[Client], c: int, epoch: int) -> None:
-        """Let client `c` ask all masters for its next ballot; without one it stops."""
+        """Let client `c` ask all masters for its next ballot; without one only sequencers are left to it."""
         client = clients[c]
         ballot = min((b for b in self.setup.ballots[c] if b > client.ballot), default=None)
         if ballot is None:
-            self._enter(slots, clients, c, client._replace(phase=DONE, log=(), need=None))
+            client = client._replace(phase=DONE, log=(), need=None)
+            if self.setup.opens and self.setup.programs[c][client.operation] != "read":
+                client = client._replace(phase=SEQUENCING, ballot=SPENT)
+            self._enter(slots, clients, c, client)
             return
         self._enter(slots, clients, c, Client(client.operation, ACQUIRING, ballot, epoch, (), None))
         for j in range(len(slots)):
@@ -304,22 +334,39 @@ class Model:
         operation = 10 * (c + 1) + client.operation
         return EMPTY if self.kind[operation] == "read" else operation
 
-    def _granted(self, slots: list[Slot], clients: list[Client], c: int) -> None:
-        """Let client `c` begin its commit if enough masters granted its ballot."""
+    def _granted(self, slots: list[Slot], clients: list[Client], c: int) -> list[int]:
+        """Let client `c` begin its commit if enough masters granted its ballot, or open it.
+
+        Returns:
+            The masters at one of which it may open its ballot.
+        """
         client = clients[c]
         grants = [slot.known[c] for slot in slots]
         states = [grant for grant in grants if grant is not None]
         rebuilds = client.epoch > 0 and any(slot.record is None for slot in slots)
         if len(states) < (self.others if rebuilds else self.majority):
-            return
-        base = max(states, key=_rank)
-        clients[c] = client = self._committing(client, c, base[1])
+            return []
+        base = max(states, key=_rank)[1]
+        opens = client.ballot in self.setup.opens
+        commits = not opens or "the opener goes on" in self.mistakes
+        if commits:
+            clients[c] = client = self._committing(client, c, base)
+        else:
+            self._enter(slots, clients, c, client._replace(phase=SEQUENCING, log=base))
         for j, grant in enumerate(grants):
             if grant is not None:
-                self._send_section(slots, client, j, grant)
+                self._synchronise(slots, client, j, grant, base)
             elif rebuilds and slots[j].record is None:
-                rebuild = Message(REBUILD, client.ballot, client.epoch, 0, base[1])
-                self._send(slots, j, client.epoch, rebuild, self._commit(client))
+                self._send(slots, j, client.epoch, Message(REBUILD, client.ballot, client.epoch, 0, base))
+            else:
+                continue
+            if commits:
+                self._send(slots, j, client.epoch, self._commit(client))
+        return [j for j, grant in enumerate(grants) if opens and grant is not None]
+
+    def _open(self, slots: list[Slot], client: Client, j: int, base: Log) -> None:
+        """Open the ballot of `client` at a master, once that is at the base."""
+        self._send(slots, j, client.epoch, Message(OPEN, client.ballot, *_end(base), ()))
 
     def _committing(self, client: Client, c: int, base: Log) -> Client:
         operation = self._operation(client, c)
@@ -333,17 +380,22 @@ class Model:
 
     def _send_section(self, slots: list[Slot], client: Client, j: int, grant: tuple[int, Log]) -> None:
         """Send a commit to a master that granted, and before it what it misses of the base."""
-        base = client.log[:-1]
+        self._synchronise(slots, client, j, grant, client.log[:-1])
+        self._send(slots, j, client.epoch, self._commit(client))
+
+    def _synchronise(
+        self, slots: list[Slot], client: Client, j: int, grant: tuple[int, Log], base: Log
+    ) -> None:
+        """Send to a master that granted what it misses of the base."""
         size, identity = _end(grant[1])
-        messages = [self._commit(client)]
         if _end(base) != (size, identity):
             prefix = size < len(base) and _end(base[:size]) == (size, identity)
-            messages.append(
+            message = (
                 Message(REPLAY, client.ballot, size, identity, base)
                 if prefix
                 else Message(INSTALL, client.ballot, 0, 0, base)
             )
-        self._send(slots, j, client.epoch, *messages)
+            self._send(slots, j, client.epoch, message)
 
     def _acknowledged(self, slots: list[Slot], clients: list[Client], c: int) -> None:
         """Let client `c` go on after a commit: with the ballot that it still holds if it can."""
@@ -390,6 +442,7 @@ class Model:
             for message in slot.inbox:
                 yield from self._deliveries(state, j, message)
             yield from self._queries(state, j)
+            yield from self._requests(state, j)
             if state.restarts and slot.record is not None:
                 yield self._restart(state, j)
         for c, client in enumerate(state.clients):
@@ -419,7 +472,21 @@ class Model:
             replies = [slot.known[c] for slot in state.slots]
             log = self._believed([reply for reply in replies if reply is not None])
             if log is not None:
-                yield f"client {c} reads {log}", self._returned(state, c, log)
+                slots, clients = list(state.slots), list(state.clients)
+                yield f"client {c} reads {log}", self._returned(state, slots, clients, c, log)
+        if client.phase == FORWARDING:
+            for j, slot in enumerate(state.slots):
+                if slot.known[c] is None and slot.record is not None and self._has(slot.record, client.log):
+                    slots, clients = list(state.slots), list(state.clients)
+                    label = f"client {c} hears that master {_name(slot.record)} has its section"
+                    yield self._counted(state, slots, clients, j, c, label)
+
+    def _has(self, record: Record, log: Log) -> bool:
+        """Tell whether a master says OK to what is forwarded, as it has it already."""
+        ballot = _sequenced_under(log)
+        if "further under another ballot" in self.mistakes:
+            return record.promised == ballot and len(record.log) >= len(log)
+        return record.promised == record.accepted == ballot and len(record.log) >= len(log)
 
     def _untouched(self, state: State, client: Client) -> bool:
         """Tell whether nobody has seen the client's ballot yet, so that it may as well begin only now."""
@@ -428,8 +495,9 @@ class Model:
             for slot in state.slots
         ) and all(slot.known[self.owner[client.ballot]] is None for slot in state.slots)
 
-    def _returned(self, state: State, c: int, log: Log) -> State | Broken:
-        slots, clients = list(state.slots), list(state.clients)
+    def _returned(
+        self, state: State, slots: list[Slot], clients: list[Client], c: int, log: Log
+    ) -> State | Broken:
         told = self.facts_of(log)
         missed = (clients[c].need or frozenset()) - told
         if missed:
@@ -481,9 +549,19 @@ class Model:
         if kind == ACQUIRE:
             if ballot <= record.promised or not self._epoch_fits(record, message):
                 return None
-            return record._replace(promised=ballot, epoch=max(record.epoch, message.size))
-        if record.promised != ballot and "commit ignores the promise" not in self.mistakes:
+            opened = record.opened if "sequenced under a ballot that is over" in self.mistakes else 0
+            return record._replace(promised=ballot, epoch=max(record.epoch, message.size), opened=opened)
+        if record.promised != ballot and not self._ignores_promise(record, message):
             return None
+        if kind == OPEN:
+            if (
+                _end(record.log) != (message.size, message.identity)
+                and "opened too early" not in self.mistakes
+            ):
+                return None
+            return record._replace(opened=ballot)
+        if kind == FORWARD:
+            return self._run(record, message)
         if kind == INSTALL:
             forward = (record.accepted, len(record.log)) < (ballot, len(message.log))
             if not forward and not self._regresses(message):
@@ -495,6 +573,22 @@ class Model:
             log = record.log + message.log[message.size :]
             return record._replace(accepted=self._stamp(message), log=log)
         return record._replace(accepted=ballot, log=record.log + message.log)
+
+    def _ignores_promise(self, record: Record, message: Message) -> bool:
+        if message.kind == FORWARD:
+            return record.promised > message.ballot and "forward ignores the promise" in self.mistakes
+        return "commit ignores the promise" in self.mistakes
+
+    def _run(self, record: Record, message: Message) -> Record | None:
+        """Return what a master makes of what is forwarded: it runs all that follows on where it is."""
+        size, entries = len(record.log), message.log
+        follows = size < len(entries) and (
+            _end(entries[:size]) == _end(record.log) or "what is forwarded need not follow" in self.mistakes
+        )
+        if not follows:
+            return None
+        accepted = record.accepted if "forwarded under the old ballot" in self.mistakes else message.ballot
+        return record._replace(accepted=accepted, log=record.log + entries[size:])
 
     def _stamp(self, message: Message) -> int:
         """Return the ballot that a synchronised master is stamped with: the holder's."""
@@ -519,6 +613,12 @@ class Model:
             slots[twin] = slots[twin]._replace(inbox=slots[twin].inbox | {copy})
         change = f"master {_name(slot.record)} -> {_name(record)}"
         label = f"{KINDS[message.kind]} of ballot {message.ballot}: {change}"
+        if message.kind == FORWARD:
+            yield f"{label}, unheard", self._state(slots, clients, state.facts, state.restarts)
+            c = _client_of(message.log[-1][1])
+            if clients[c].phase == FORWARDING and clients[c].log == message.log:
+                yield self._counted(state, slots, clients, j, c, label)
+            return
         c = self.owner.get(message.ballot, -1)
         client = clients[c]
         if message.ballot != client.ballot or message.kind not in (ACQUIRE, COMMIT):
@@ -532,10 +632,89 @@ class Model:
                 if client.phase == COMMITTING:
                     self._send_section(slots, client, j, grant)
                 else:
-                    self._granted(slots, clients, c)
+                    sequencers = self._granted(slots, clients, c)
+                    if sequencers:
+                        yield from self._opened(state, slots, clients, c, label, sequencers)
+                        return
+            elif client.phase == SEQUENCING:
+                self._synchronise(slots, client, j, (record.accepted, record.log), client.log)
             yield label, self._state(slots, clients, state.facts, state.restarts)
         else:
             yield from self._committed(state, slots, clients, j, message, label)
+
+    def _opened(
+        self,
+        state: State,
+        slots: list[Slot],
+        clients: list[Client],
+        c: int,
+        label: str,
+        sequencers: list[int],
+    ) -> Iterator[tuple[str, State | Broken]]:
+        """Yield what comes of each choice of the sequencer by client `c`, which has a majority."""
+        client = clients[c]
+        base = client.log[:-1] if client.phase == COMMITTING else client.log
+        twice = "opened at two masters" in self.mistakes
+        for group in [sequencers] if twice else [[j] for j in sequencers]:
+            after = list(slots)
+            for j in group:
+                self._open(after, client, j, base)
+            names = ", ".join(_name(slots[j].record) for j in group)
+            yield (
+                f"{label}; to be opened at {names}",
+                self._state(after, clients, state.facts, state.restarts),
+            )
+
+    def _requests(self, state: State, j: int) -> Iterator[tuple[str, State | Broken]]:
+        """Yield what a sequencer makes of requests, with its answer seen and with its answer lost."""
+        record = state.slots[j].record
+        if record is None or not record.opened:
+            return
+        ballot = record.opened
+        for c, client in enumerate(state.clients):
+            for i, kind in enumerate(self.setup.programs[c][: client.operation + 1]):
+                operation = 10 * (c + 1) + i
+                section = (1000 * ballot + operation, operation)
+                if record.log.count(section) == self.setup.requests:
+                    continue
+                accepted = record.accepted if "sequenced under the old ballot" in self.mistakes else ballot
+                after = record._replace(accepted=accepted, log=(*record.log, section))
+                slots, clients = list(state.slots), list(state.clients)
+                slots[j] = slots[j]._replace(record=after)
+                label = f"operation {operation} is sequenced: master {_name(record)} -> {_name(after)}"
+                yield f"{label}, unheard", self._state(slots, clients, state.facts, state.restarts)
+                if i == client.operation:
+                    need = client.need
+                    if kind == "read" and need is None:
+                        need = state.facts
+                    forwarding = client._replace(phase=FORWARDING, log=after.log, need=need)
+                    self._enter(slots, clients, c, forwarding)
+                    forward = Message(FORWARD, ballot, 0, 0, after.log)
+                    for other, slot in enumerate(slots):
+                        if other != j:
+                            slots[other] = slot._replace(inbox=slot.inbox | {forward})
+                    yield self._counted(state, slots, clients, j, c, label)
+
+    def _counted(
+        self, state: State, slots: list[Slot], clients: list[Client], j: int, c: int, label: str
+    ) -> tuple[str, State | Broken]:
+        """Return what client `c` makes of a master that has what it forwards, or has sequenced it."""
+        client = clients[c]
+        slots[j] = slots[j]._replace(known=_put(slots[j].known, c, (OK, ())))
+        oks = sum(slot.known[c] == (OK, ()) for slot in slots)
+        if oks < (1 if "the sequencer is enough" in self.mistakes else self.majority):
+            return label, self._state(slots, clients, state.facts, state.restarts)
+        if self.setup.programs[c][client.operation] == "read":
+            return f"{label}; it reads {client.log}", self._returned(state, slots, clients, c, client.log)
+        told = self._answer(client.log, client.log[-1][1])
+        try:
+            facts = self._tell(state.facts, told)
+        except Broken as error:
+            return label, error
+        clients[c] = client._replace(operation=client.operation + 1)
+        self._begin(slots, clients, c)
+        label = f"{label}; acknowledged {sorted(told)}"
+        return label, self._state(slots, clients, facts, state.restarts)
 
     def _committed(
         self, state: State, slots: list[Slot], clients: list[Client], j: int, message: Message, label: str
@@ -592,10 +771,20 @@ def _put(known: tuple[Known, ...], c: int, value: Known) -> tuple[Known, ...]:
     return (*known[:c], value, *known[c + 1 :])
 
 
+def _client_of(operation: int) -> int:
+    return operation // 10 - 1
+
+
+def _sequenced_under(log: Log) -> int:
+    """Return the ballot of a log whose last section was sequenced."""
+    return log[-1][0] // 1000
+
+
 def _name(record: Record | None) -> str:
     if record is None:
         return "(no data)"
-    return f"(P={record.promised} A={record.accepted} log={[f'{op}@{b}' for b, op in record.log]})"
+    opened = f" open={record.opened}" if record.opened else ""
+    return f"(P={record.promised} A={record.accepted}{opened} log={[f'{op}@{b}' for b, op in record.log]})"
 
 
 def check(setup: Setup, watched: frozenset[str] | None = None, limit: int = 10_000_000) -> Result:
