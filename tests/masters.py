@@ -10,10 +10,14 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import cast
 
+import optuna
 import pytest
 import redis
 
+from optuna_dlock import RedisLockedStorage
+from optuna_dlock.ensemble import Ensemble
 from tests.proxy import CuttingProxy, _Link
 from tests.replicator import Replicator
 from tests.servers import Server, find_binary
@@ -299,6 +303,28 @@ class _RawLink(_Link):
 
     def _on_reply(self, chunk: bytes) -> bool:
         return True
+
+
+def ensemble_of(storage: RedisLockedStorage) -> Ensemble:
+    """What a storage over several masters asks."""
+    return cast("Ensemble", storage._node)
+
+
+def create(storage: RedisLockedStorage) -> int:
+    """A new study."""
+    return optuna.create_study(storage=storage)._study_id
+
+
+def level(storage: RedisLockedStorage, study_id: int) -> bool:
+    """Whether three masters are where a new trial leaves them, all of them."""
+    storage.create_new_trial(study_id)
+    ensemble = ensemble_of(storage)
+    with ensemble.lock:
+        key = storage._registry.study_keys(study_id).ballots
+        request = ensemble._send_read("read_key", [key], ["HLEN"])
+        ensemble.wait_for_all(request, 1.0)
+        states = [reply[2] for reply in request.replies.values() if isinstance(reply, list) and reply[0] == 0]
+    return len(states) == 3 and len(set(states)) == 1
 
 
 def _wait_for(condition: Callable[[], bool], failure: str) -> None:

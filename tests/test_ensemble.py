@@ -9,7 +9,6 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import optuna
 import pytest
@@ -30,8 +29,9 @@ from optuna_dlock.errors import (
 from optuna_dlock.keys import object_of
 from optuna_dlock.master import Request
 from optuna_dlock.scripts import OK, masters_script
+from optuna_dlock.spacing import Spacing
 from tests.contention.routes import OwnRoute
-from tests.masters import Masters
+from tests.masters import Masters, create, ensemble_of, level
 from tests.proxy import CuttingProxy
 from tests.servers import Server
 
@@ -49,14 +49,6 @@ def three() -> Iterator[Masters]:
 def url(three: Masters) -> str:
     """Their URL, with a key space of its own."""
     return f"{three.url}?prefix=e{next(_numbers)}"
-
-
-def ensemble_of(storage: RedisLockedStorage) -> Ensemble:
-    return cast("Ensemble", storage._node)
-
-
-def create(storage: RedisLockedStorage) -> int:
-    return optuna.create_study(storage=storage)._study_id
 
 
 def keys_of(masters: Masters) -> list[bytes]:
@@ -212,7 +204,7 @@ def test_two_of_three_that_restart_with_their_data_go_on_with_the_third() -> Non
             masters.start(index)
         with RedisLockedStorage(masters.url, timeout=10.0) as storage:
             assert storage.create_new_trial(study_id) & 0xFFFF == 3
-            _wait_until(lambda: _level(storage, study_id), "all vote again")
+            _wait_until(lambda: level(storage, study_id), "all vote again")
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -229,7 +221,7 @@ def test_after_all_went_down_two_of_three_go_on_though_the_third_is_lost(
         with RedisLockedStorage(masters.url, timeout=20.0) as storage:
             assert storage.create_new_trial(study_id) & 0xFFFF == 3
             masters.restart_empty(lost)
-            _wait_until(lambda: _level(storage, study_id), "all vote again")
+            _wait_until(lambda: level(storage, study_id), "all vote again")
 
 
 def test_of_what_masters_kept_the_latest_counts_and_promises_of_before_do_not() -> None:
@@ -251,7 +243,7 @@ def test_of_what_masters_kept_the_latest_counts_and_promises_of_before_do_not() 
             masters.start(index)
         with RedisLockedStorage(masters.url, timeout=10.0) as storage:
             assert [t.number for t in storage.get_all_trials(study_id)] == [0, 1, 2]
-            _wait_until(lambda: _level(storage, study_id), "all vote again")
+            _wait_until(lambda: level(storage, study_id), "all vote again")
             count = storage.get_n_trials(study_id)
             with ensemble.lock:
                 for master in ensemble.masters:
@@ -339,6 +331,7 @@ def test_a_holder_that_was_paused_past_its_lease_is_refused_and_goes_on(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G1, G7: 200 rounds in which the lease runs out between acquire and commit."""
+    monkeypatch.setattr(Spacing, "opens", False)
     monkeypatch.setattr(optuna_dlock.ensemble, "_TTL_MS", 1)
     slow, quick = RedisLockedStorage(url), RedisLockedStorage(url)
     study_id = create(slow)
@@ -446,6 +439,7 @@ def test_writes_wait_for_nothing_while_others_have_the_turn_and_take_one_turn_to
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optuna_dlock.ensemble, "_FLUSHED_AFTER", 60.0)
+    monkeypatch.setattr(Spacing, "opens", False)
     turns = []
     acquire = Ensemble._acquire
     monkeypatch.setattr(
@@ -495,7 +489,7 @@ def test_a_master_that_missed_little_and_one_that_missed_much_catch_up() -> None
             for _ in range(missed):
                 storage.create_new_trial(study_id)
             masters.resume(2)
-            _wait_until(lambda: _level(storage, study_id), f"a master that missed {missed} sections")
+            _wait_until(lambda: level(storage, study_id), f"a master that missed {missed} sections")
 
 
 def test_a_master_that_restarts_with_its_data_gets_a_copy_and_its_earlier_run_is_swept() -> None:
@@ -510,24 +504,13 @@ def test_a_master_that_restarts_with_its_data_gets_a_copy_and_its_earlier_run_is
         storage.create_new_trial(study_id)
         masters.start(0)
         assert set(masters.servers[0].command("KEYS", "optuna@*{*")) == before
-        _wait_until(lambda: _level(storage, study_id), "the master votes again")
+        _wait_until(lambda: level(storage, study_id), "the master votes again")
         _wait_until(
             lambda: not before & set(masters.servers[0].command("KEYS", "optuna@*{*")),
             "the earlier run is swept",
         )
         masters.kill(1)
         assert storage.create_new_trial(study_id) & 0xFFFF == storage.get_n_trials(study_id) - 1
-
-
-def _level(storage: RedisLockedStorage, study_id: int) -> bool:
-    storage.create_new_trial(study_id)
-    ensemble = ensemble_of(storage)
-    with ensemble.lock:
-        key = storage._registry.study_keys(study_id).ballots
-        request = ensemble._send_read("read_key", [key], ["HLEN"])
-        ensemble.wait_for_all(request, 1.0)
-        states = [reply[2] for reply in request.replies.values() if isinstance(reply, list) and reply[0] == 0]
-    return len(states) == 3 and len(set(states)) == 1
 
 
 def _wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -624,7 +607,7 @@ def test_a_study_that_only_a_minority_has_begun_can_be_used() -> None:
             server.command("DEL", ballots, base + b"meta")
         with RedisLockedStorage(masters.url, timeout=10.0) as storage:
             assert [storage.create_new_trial(study_id) & 0xFFFF for _ in range(3)] == [0, 1, 2]
-            _wait_until(lambda: _level(storage, study_id), "all vote")
+            _wait_until(lambda: level(storage, study_id), "all vote")
 
 
 def test_a_master_that_has_the_study_before_the_section_that_makes_it_runs_that_section_too() -> None:

@@ -17,10 +17,11 @@ elseif f[1] ~= ARGV[1] then
   return {-21, f[1]}
 end
 local seq, last = f[3], f[4]
-local at = 3 + (seq - string.match(ARGV[3], '^%d+'))
+local first = 3
+local at = first + (seq - string.match(ARGV[first], '^%d+'))
 if at > #ARGV and f[2] == ARGV[1] then
   return {0, tonumber(seq), 0} -- all that is accepted under a ballot are beginnings of one sequence
-elseif at < 3 or at > #ARGV then
+elseif at < first or at > #ARGV then
   return {-22, f[2], seq, last}
 end
 local missing = #ARGV - at + 1
