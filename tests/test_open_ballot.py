@@ -172,7 +172,10 @@ def test_who_cannot_reach_the_first_master_gets_through_and_so_do_the_others(mas
     two.check(masters)
 
 
-def test_a_master_that_missed_more_than_is_passed_on_is_looked_after(masters: Masters) -> None:
+def test_a_master_that_missed_more_than_is_passed_on_is_looked_after(
+    masters: Masters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna_dlock.ensemble, "_ALONE", 1000.0)
     two = Two(masters)
     masters.pause(2)
     for _ in range(150):
@@ -214,3 +217,46 @@ def test_a_write_that_was_refused_while_a_later_one_was_not_is_kept(masters: Mas
     mine.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
     assert other.get_trial(trial_id).user_attrs == {"refused": 1, "accepted": 2}
     two.check(masters)
+
+
+def test_a_write_that_was_lost_before_a_later_one_was_not_is_kept(masters: Masters) -> None:
+    """The connection to the first master breaks between the two."""
+    two = Two(masters)
+    other, port = two.storages[1], masters.servers[two.first].port
+    with (
+        CuttingProxy(port) as proxy,
+        OwnRoute(masters.url, detour={port: proxy.port}, timeout=20.0) as mine,
+    ):
+        trial_id = mine.create_new_trial(two.study)
+        ensemble = ensemble_of(mine)
+        with ensemble.lock:
+            proxy.black_hole()
+            mine.set_trial_user_attr(trial_id, "lost", 1)
+            time.sleep(0.1)
+            proxy.restore()
+            wait_until(lambda: _is_connected_anew(ensemble), "it is connected again", 10.0)
+            mine.set_trial_user_attr(trial_id, "later", 2)
+        mine.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        assert other.get_trial(trial_id).user_attrs == {"lost": 1, "later": 2}
+    two.check(masters)
+
+
+def _is_connected_anew(ensemble: Ensemble) -> bool:
+    ensemble.receive(0.01)
+    return ensemble.masters[0].connected and not ensemble.masters[0].owes
+
+
+def test_a_worker_reads_its_trial_with_all_that_it_wrote(masters: Masters) -> None:
+    """What is asked before the others have run the writes would be an older trial."""
+    two = Two(masters)
+    mine = two.storages[0]
+    trial_id = mine.create_new_trial(two.study)
+    two.create()
+    ensemble = ensemble_of(mine)
+    with ensemble.lock:
+        for number in range(5):
+            mine.set_trial_user_attr(trial_id, str(number), number)
+        waits = ensemble.waits
+        assert len(mine.get_trial(trial_id).user_attrs) == 5
+        mine.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
+        assert ensemble.waits == waits + 2
