@@ -53,6 +53,7 @@ class OpenBallot:
         self._reached = dict(reached or {})
         self._sent: Request | None = None
         self._passed: Request | None = None
+        self._first = 0  # sequence number of the first section that was passed on last
         self._behind: set[int] = set()
         self._seq = -1
         self._own = 0  # sections sent since then
@@ -115,7 +116,7 @@ class OpenBallot:
                     words = (self.ballot, master.key_prefix, *entries)
                     master.send_script(script, self._keys, words, request)
             self._note_reached()
-            self._passed = request
+            self._passed, self._first = request, seq - len(entries)
             if self._fanout.wait_for_majority(request):
                 if self._seq != seq - self._own:
                     self.others_ran_at = time.monotonic()
@@ -144,8 +145,8 @@ class OpenBallot:
             if reply[0] == OK:
                 self._reached[index] = max(self._reached.get(index, 0), reply[1])
             elif reply[0] == GAP:
-                if self._reached.get(index) == int(reply[2]):
-                    self._behind.add(index)  # it was sent what follows, and has run something else
                 self._reached[index] = int(reply[2])
+                if not self._seq - _MOST < self._reached[index] < self._first:
+                    self._behind.add(index)  # it has run something else, or lacks more than is passed on
             elif reply[0] == NO_DATA or reply[1].decode() < self.ballot:
                 self._behind.add(index)
