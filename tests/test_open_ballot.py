@@ -65,6 +65,14 @@ class Two:
 
 
 @pytest.fixture
+def two(masters: Masters) -> Iterator[Two]:
+    two = Two(masters)
+    yield two
+    for storage in two.storages:
+        storage.close()
+
+
+@pytest.fixture
 def votes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the objects for which somebody asks for votes."""
     asked: list[str] = []
@@ -78,8 +86,7 @@ def votes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_contenders_share_a_ballot_and_ask_for_no_votes(masters: Masters, votes: list[str]) -> None:
-    two = Two(masters)
+def test_contenders_share_a_ballot_and_ask_for_no_votes(masters: Masters, two: Two, votes: list[str]) -> None:
     votes.clear()
     for _ in range(50):
         two.create()
@@ -89,10 +96,9 @@ def test_contenders_share_a_ballot_and_ask_for_no_votes(masters: Masters, votes:
 
 
 def test_who_is_alone_again_has_a_ballot_of_its_own(
-    masters: Masters, votes: list[str], monkeypatch: pytest.MonkeyPatch
+    masters: Masters, two: Two, votes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optuna_dlock.ensemble, "_ALONE", 0.05)
-    two = Two(masters)
     two.storages[0].create_new_trial(two.study)
     time.sleep(0.1)
     two.storages[0].create_new_trial(two.study)
@@ -109,9 +115,8 @@ def _dies(self: OpenBallot, *args: object) -> bool:
 
 
 def test_what_a_dead_client_has_not_passed_on_is_passed_on_by_the_next(
-    masters: Masters, monkeypatch: pytest.MonkeyPatch
+    masters: Masters, two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = Two(masters)
     with monkeypatch.context() as patch:
         patch.setattr(OpenBallot, "pass_on", _dies)
         with pytest.raises(KeyboardInterrupt):
@@ -122,10 +127,9 @@ def test_what_a_dead_client_has_not_passed_on_is_passed_on_by_the_next(
 
 
 def test_what_only_the_first_master_has_run_is_not_seen_and_may_be_lost_with_it(
-    masters: Masters, monkeypatch: pytest.MonkeyPatch
+    masters: Masters, two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was not acknowledged. What is acknowledged after the loss has its number."""
-    two = Two(masters)
     with monkeypatch.context() as patch:
         patch.setattr(OpenBallot, "pass_on", _dies)
         with pytest.raises(KeyboardInterrupt):
@@ -142,9 +146,8 @@ def test_what_only_the_first_master_has_run_is_not_seen_and_may_be_lost_with_it(
 @pytest.mark.parametrize("away", [0, 1, 2])
 @pytest.mark.parametrize("stop", [Masters.kill, Masters.pause])
 def test_others_go_on_without_any_one_master(
-    masters: Masters, away: int, stop: Callable[[Masters, int], None]
+    masters: Masters, two: Two, away: int, stop: Callable[[Masters, int], None]
 ) -> None:
-    two = Two(masters)
     stop(masters, away)
     for _ in range(20):
         two.create()
@@ -158,8 +161,9 @@ def test_others_go_on_without_any_one_master(
     two.check(masters)
 
 
-def test_who_cannot_reach_the_first_master_gets_through_and_so_do_the_others(masters: Masters) -> None:
-    two = Two(masters)
+def test_who_cannot_reach_the_first_master_gets_through_and_so_do_the_others(
+    masters: Masters, two: Two
+) -> None:
     port = masters.servers[two.first].port
     with CuttingProxy(port) as proxy, OwnRoute(masters.url, detour={port: proxy.port}) as cut:
         cut.create_new_trial(two.study)
@@ -173,10 +177,9 @@ def test_who_cannot_reach_the_first_master_gets_through_and_so_do_the_others(mas
 
 
 def test_a_master_that_missed_more_than_is_passed_on_is_looked_after(
-    masters: Masters, monkeypatch: pytest.MonkeyPatch
+    masters: Masters, two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optuna_dlock.ensemble, "_ALONE", 1000.0)
-    two = Two(masters)
     masters.pause(2)
     for _ in range(150):
         two.create()
@@ -185,8 +188,9 @@ def test_a_master_that_missed_more_than_is_passed_on_is_looked_after(
     two.check(masters)
 
 
-def test_writes_wait_for_nothing_and_reach_others_though_nothing_more_is_called(masters: Masters) -> None:
-    two = Two(masters)
+def test_writes_wait_for_nothing_and_reach_others_though_nothing_more_is_called(
+    masters: Masters, two: Two
+) -> None:
     mine, other = two.storages
     trial_id = mine.create_new_trial(two.study)
     ensemble, waits = ensemble_of(mine), ensemble_of(mine).waits
@@ -202,9 +206,8 @@ def test_writes_wait_for_nothing_and_reach_others_though_nothing_more_is_called(
     two.check(masters)
 
 
-def test_a_write_that_was_refused_while_a_later_one_was_not_is_kept(masters: Masters) -> None:
+def test_a_write_that_was_refused_while_a_later_one_was_not_is_kept(masters: Masters, two: Two) -> None:
     """The first master is out of memory for a moment."""
-    two = Two(masters)
     mine, other = two.storages
     trial_id = mine.create_new_trial(two.study)
     ensemble, server = ensemble_of(mine), masters.servers[two.first]
@@ -219,9 +222,8 @@ def test_a_write_that_was_refused_while_a_later_one_was_not_is_kept(masters: Mas
     two.check(masters)
 
 
-def test_a_write_that_was_lost_before_a_later_one_was_not_is_kept(masters: Masters) -> None:
+def test_a_write_that_was_lost_before_a_later_one_was_not_is_kept(masters: Masters, two: Two) -> None:
     """The connection to the first master breaks between the two."""
-    two = Two(masters)
     other, port = two.storages[1], masters.servers[two.first].port
     with (
         CuttingProxy(port) as proxy,
@@ -246,9 +248,8 @@ def _is_connected_anew(ensemble: Ensemble) -> bool:
     return ensemble.masters[0].connected and not ensemble.masters[0].owes
 
 
-def test_a_worker_reads_its_trial_with_all_that_it_wrote(masters: Masters) -> None:
+def test_a_worker_reads_its_trial_with_all_that_it_wrote(masters: Masters, two: Two) -> None:
     """What is asked before the others have run the writes would be an older trial."""
-    two = Two(masters)
     mine = two.storages[0]
     trial_id = mine.create_new_trial(two.study)
     two.create()
