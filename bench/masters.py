@@ -30,6 +30,7 @@ from optuna_dlock import RedisLockedStorage
 _Work = Callable[[Sequence[str], int, float, Any], list[int]]
 _ONE, _THREE, _KEYDB = "1 Valkey", "3 Valkey", "2 KeyDB, active-replica"
 _CREATE, _LOOP, _JOURNAL = "creations/s, ", "worker loop, trials/s, ", "worker loop, trials/s, JournalRedis"
+_LOOPS = "worker loops on one study, trials/s, "
 _COUNT = "pottery.Redlock + counter, "
 _RATIOS = (
     ("creations, 3 Valkey : 1 Valkey", _CREATE + _THREE, _CREATE + _ONE, 0.35),
@@ -100,6 +101,8 @@ def _report(groups: dict[str, list[Server]], options: argparse.Namespace) -> boo
         ),
         *((_LOOP + group, group, 1, _optimize) for group in groups),
         (_JOURNAL, _ONE, 1, _optimize_journal),
+        *((_LOOPS + group, group, options.processes, _optimize) for group in groups),
+        (_LOOPS + "JournalRedis", _ONE, options.processes, _optimize_journal),
         *((_COUNT + group, group, options.processes, _count) for group in groups),
     ]
     failed = False

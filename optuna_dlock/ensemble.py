@@ -668,6 +668,9 @@ class Ensemble(Fanout):
             indexes = [self._decided(request) for request in requests]
             if None not in indexes:
                 return [r.replies[i][4] for r, i in zip(requests, indexes, strict=True) if i is not None]
+            opened = self._opened(obj)
+            if opened is not None and (seen := opened.seen(requests)) is not None:
+                return seen
             lacking = any(self._is_lacking(request) for request in requests)
             if lacking and self._is_unknown(obj):
                 return [[NO_STUDY] for _ in calls]

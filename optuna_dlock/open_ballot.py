@@ -1,8 +1,9 @@
 """Open ballots: clients that want the same object share one, and one master says which section follows which.
 
 The client that has a ballot opens it on a master that it has brought to the latest state. From then on that
-master, the sequencer, is the only one that proposes under it: it runs sections as they come, and each client
-passes on to the other masters what was run. Nobody waits for a turn, and nobody who dies holds others up.
+master, the sequencer, is the only one that proposes under it (a distinguished proposer: Lamport, "Paxos Made
+Simple", 2001). It runs sections as they come, and each client passes on to the other masters what was run.
+Nobody waits for a turn, and nobody who dies holds others up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from optuna_dlock.node import Argument
 from optuna_dlock.scripts import GAP, NO_DATA, OK, STALE_BALLOT, masters_script, wrapped
 
 _PATIENCE = 0.25  # seconds after which a sequencer is too slow to go by
-_SPARE = 4  # sections
-_MOST = 128  # sections that are passed on at once; a master that lacks more is looked after
+_SPARE = 4  # sections of others that are passed on besides one's own, before it is known how many are lacking
+_MOST = 256  # sections that are passed on at once; a master that lacks more is looked after
 
 
 class OpenBallot:
@@ -129,6 +130,19 @@ class OpenBallot:
             reply = None  # they lack more than we thought
             self._spare = min(2 * self._spare, _MOST)
         return False
+
+    def seen(self, requests: Sequence[Request]) -> list[Any] | None:
+        """What the sequencer replied to reads, if a majority has now run all that it had run by then.
+
+        Such a majority has promised no higher ballot, so nothing newer was decided before the reads began.
+        """
+        found = []
+        for request in requests:
+            reply = request.replies.get(self._sequencer.index)
+            if not isinstance(reply, list) or reply[0] != OK or reply[1].decode() != self.ballot:
+                return None
+            found.append(reply[4])
+        return found if self.pass_on() else None
 
     def behind(self) -> list[int]:
         """Masters that cannot catch up with what is passed on; each is told once."""

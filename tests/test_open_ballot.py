@@ -181,7 +181,7 @@ def test_a_master_that_missed_more_than_is_passed_on_is_looked_after(
 ) -> None:
     monkeypatch.setattr(optuna_dlock.ensemble, "_ALONE", 1000.0)
     masters.pause(2)
-    for _ in range(150):
+    for _ in range(300):
         two.create()
     masters.resume(2)
     two.create()
@@ -261,3 +261,26 @@ def test_a_worker_reads_its_trial_with_all_that_it_wrote(masters: Masters, two: 
         assert len(mine.get_trial(trial_id).user_attrs) == 5
         mine.set_trial_state_values(trial_id, TrialState.COMPLETE, [1.0])
         assert ensemble.waits == waits + 2
+
+
+def test_what_a_majority_alone_disagrees_about_is_read_without_a_turn(
+    masters: Masters, two: Two, votes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One master is away, and one of the others lacks what was not passed on."""
+    masters.kill(next(index for index in range(3) if index != two.first))
+    two.create()
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenBallot, "pass_on", _dies)
+        with pytest.raises(KeyboardInterrupt):
+            two.storages[0].create_new_trial(two.study)
+    assert all(two.object(at).opened for at in range(2))
+    votes.clear()
+    sections: list[str] = []
+    share = Ensemble._share
+    monkeypatch.setattr(
+        Ensemble,
+        "_share",
+        lambda self, *args: sections.append(args[0].name) or share(self, *args),  # type: ignore[func-returns-value]
+    )
+    assert two.storages[1].get_n_trials(two.study) == len(two.numbers) + 1
+    assert (votes, sections) == ([], [])
