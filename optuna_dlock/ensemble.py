@@ -2,11 +2,13 @@
 
 Every master runs the same sections of an object (a study, or the registry) in the same order. Ballots decide
 who may run the next one, after which (CASPaxos: Rystsov, "CASPaxos: Replicated State Machines without logs",
-2018); leases only keep contenders apart. `optuna_dlock/README.md` tells the protocol.
+2018); leases only keep contenders apart, until they share a ballot (`open_ballot.py`). The protocol is in
+`optuna_dlock/README.md`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -27,7 +29,7 @@ from optuna_dlock.master import Master, Request
 from optuna_dlock.node import Argument, Node, Post, forget_in_children
 from optuna_dlock.open_ballot import OpenBallot
 from optuna_dlock.quorum import FIRST_BALLOT, Ballots, Runs, State, decided, needed_for_rebuild
-from optuna_dlock.repair import Copy, Repairs, revive, sweep_earlier_runs
+from optuna_dlock.repair import Copy, Repairs, revive, sweep_earlier_runs, throw_away
 from optuna_dlock.scripts import (
     GAP,
     HINTS,
@@ -59,7 +61,7 @@ _WAITED_FOR_ALL = 5.0  # seconds, after all went down, before a majority goes on
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.05
 _ALTERNATE = 10.0  # seconds; who finds others' sections within them after its own opens its ballot
 _ALONE = 1.0  # seconds without others after which an open ballot is given up for one of one's own
-_FLUSHED_AFTER = 0.002  # seconds for which a write waits for others to take a turn together
+_FLUSHED_AFTER = 0.002  # seconds for which a write waits for others, to take a turn or be passed on together
 _READ_TRIES = 3  # undecided reads before one is made a section
 _READ_COMMANDS = frozenset(
     ("EXISTS", "GET", "HGET", "HGETALL", "HKEYS", "HMGET", "KEYS", "LRANGE", "SMEMBERS", "ZRANGE")
@@ -248,8 +250,8 @@ class Ensemble(Fanout):
     def post(self, post: Post) -> None:
         """Send a write to all masters at once, and read the replies with the next call that waits.
 
-        Where somebody else may have run the last section of the object, it needs a turn first: with the next
-        call that waits, or soon, in a thread of its own.
+        Under an open ballot it is sent to the sequencer; where somebody else may have run the object's last
+        section, it needs a turn first. The rest happens with the next call that waits, or soon, in a thread.
         """
         with self.lock:
             obj = self._object(post.head.keys[0])
@@ -754,13 +756,18 @@ class Ensemble(Fanout):
         self.wait_for_all(request, 1.0)
         if not self._is_lacking(request):
             return False
-        if obj.name != object_of(self.keys.ballots):
-            study_id = obj.name[obj.name.rindex("{") + 1 : -2]
-            call = [self.keys.studies], ["HGET", study_id]
-            if self._read_many("read_key", [call], collect=False)[0] is None:
-                return True
+        if self._is_deleted(obj.name):
+            return True
         self._recover(obj, request)
         return False
+
+    def _is_deleted(self, name: str) -> bool:
+        """Whether this is a study that a majority knows to be none."""
+        if name == object_of(self.keys.ballots):
+            return False
+        study_id = name[name.rindex("{") + 1 : -2]
+        call = [self.keys.studies], ["HGET", study_id]
+        return self._read_many("read_key", [call], collect=False)[0] is None
 
     def _is_lacking(self, request: Request) -> bool:
         """Whether masters without data leave no majority, as things stand."""
@@ -858,7 +865,12 @@ class Ensemble(Fanout):
     ) -> bool:
         """Copy an object from one master to another, under a ballot that the source has promised."""
         copy = f"{ballot}.{next(self._numbers)}"
-        return Copy(self, obj.name, ballot, copy, source, best, target, replaced, known).run()
+        is_whole = Copy(self, obj.name, ballot, copy, source, best, target, replaced, known).run()
+        if self._is_deleted(obj.name):
+            with contextlib.suppress(ConnectionError):  # that master may have swept before the copy came
+                throw_away(self, obj.name, self.masters[target])
+            return False
+        return is_whole
 
     def repair(self, index: int) -> bool:
         """Give a master that restarted everything that the others have; whether it has it all."""
@@ -902,7 +914,7 @@ class Ensemble(Fanout):
 
 
 def _flush(ensemble: Ensemble) -> None:
-    """Send what was not sent when it was posted; a burst of writes takes one turn."""
+    """Send, or pass on, what was not when it was posted; a burst of writes takes one turn."""
     time.sleep(_FLUSHED_AFTER)
     with ensemble.lock:
         ensemble._flusher = None

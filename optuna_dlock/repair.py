@@ -272,6 +272,17 @@ def _ask(ensemble: Ensemble, master: Master, *words: Argument) -> Any:
     return ensemble.reply_of(master, request, _PATIENCE)
 
 
+def throw_away(ensemble: Ensemble, name: str, master: Master) -> None:
+    """Delete all that this run of a master has of a deleted study, and what is left of a copy of it."""
+    keys = ensemble.keys_of(name)
+    if not isinstance(keys, StudyKeys):
+        raise TypeError(f"{name} is no study")
+    for here in (master.key, master.staged):
+        live = _ask(ensemble, master, "HKEYS", here(keys.live))
+        names = [keys.lock, *keys.everything_but_trials(), *(keys.trial(int(number)) for number in live)]
+        _ask(ensemble, master, "UNLINK", *map(here, names))
+
+
 def sweep_earlier_runs(ensemble: Ensemble, master: Master) -> None:
     """Throw away what earlier runs of a master have left on it, now that this run has everything."""
     name = master.key_prefix[: -len(master.run)]

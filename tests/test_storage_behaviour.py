@@ -24,6 +24,7 @@ import optuna_dlock.trials
 from optuna_dlock import RedisLockedStorage
 from optuna_dlock.keys import RegistryKeys, StudyKeys
 from optuna_dlock.scripts import Script, script
+from optuna_dlock.studies import Registry
 from tests.servers import Server
 
 COMPLETE, FAIL, RUNNING, WAITING = (
@@ -152,6 +153,31 @@ def test_copy_study_from_and_to_memory(valkey_url: str, storage: RedisLockedStor
     copied = optuna.load_study(study_name="s", storage=back)
     assert [strip(t) for t in copied.trials] == [strip(t) for t in study.trials]
     assert (copied.directions, copied.user_attrs) == (study.directions, study.user_attrs)
+
+
+def test_a_study_that_is_being_swept_away_gets_no_new_keys(
+    any_url: str, connect: Callable[..., RedisLockedStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the deletion and the last of its keys, others still have its trials in memory."""
+    one, two = connect(any_url), connect(any_url)
+    study_id = optuna.create_study(storage=one)._study_id
+    running, waiting = (
+        two.create_new_trial(study_id, create_trial(state=state))
+        for state in (TrialState.RUNNING, TrialState.WAITING)
+    )
+    monkeypatch.setattr(Registry, "_sweep", lambda *args: None)
+    one.delete_study(study_id)
+    calls: list[Callable[[], object]] = [
+        lambda: two.set_trial_state_values(waiting, TrialState.RUNNING),
+        lambda: two.set_trial_state_values(running, TrialState.WAITING),
+        lambda: two.set_trial_user_attr(running, "a", 1) or two.get_trial(running),
+        lambda: two.create_new_trial(study_id),
+    ]
+    for call in calls:
+        with pytest.raises(KeyError):
+            call()
+    keys = two._registry.study_keys(study_id)
+    assert [two._node.command("HGETALL", keys.trial(number)) for number in range(3)] == [[], [], []]
 
 
 def test_delete_study_leaves_no_key_but_the_registrys(storage: RedisLockedStorage, valkey: Server) -> None:

@@ -15,8 +15,8 @@
 -- include replace_record
 -- include worker_index
 local old = redis.call('HGET', KEYS[1], ARGV[1])
-if not old then
-  if redis.call('HEXISTS', KEYS[9], ARGV[1]) == 1 then
+if not old or redis.call('EXISTS', KEYS[5]) == 0 then -- the second: a study that is being swept away gets no new keys
+  if not old and redis.call('HEXISTS', KEYS[9], ARGV[1]) == 1 then
     return {-3}
   end
   return {-2}

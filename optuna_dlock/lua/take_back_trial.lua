@@ -20,7 +20,8 @@ end
 if busy(KEYS[2]) then
   return {-5}
 end
-if not old or string.byte(old, 2) ~= 0 or redis.call('LINDEX', KEYS[8], ARGV[1]) ~= ARGV[4] then
+if not old or string.byte(old, 2) ~= 0 or redis.call('LINDEX', KEYS[8], ARGV[1]) ~= ARGV[4]
+    or redis.call('EXISTS', KEYS[5]) == 0 then -- a study that is being swept away must not get new keys
   return {-15}
 end
 if version ~= ARGV[2] then
