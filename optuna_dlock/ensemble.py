@@ -15,6 +15,7 @@ import logging
 import secrets
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -174,6 +175,7 @@ class Ensemble(Fanout):
             # No bound method: in a cycle, sockets would be collected before the connections that close them.
             args = (self._servers, self.prefix, self.timeout)
             self._repairs = Repairs(functools.partial(Ensemble, *args, clock=self._clock, repair=False))
+            weakref.finalize(self, self._repairs.stop)
 
     def forget(self) -> None:
         """In a forked child: leave the parent's connections and writes to the parent."""

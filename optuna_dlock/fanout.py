@@ -34,6 +34,7 @@ class Fanout:
     Attributes:
         q: How many masters are a majority.
         lock: Held by the thread that asks.
+        is_stopped: Whether nothing is to be tried any more, as nobody wants it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Fanout:
             for index, (address, factory) in enumerate(servers)
         ]
         self.q = majority(len(self.masters))
+        self.is_stopped = False
         self._poll, self._polled = select.poll(), set[int]()
 
     def accepted(self, request: Request) -> bool:
@@ -124,7 +126,7 @@ class Fanout:
             if sum(master.tend() for master in self.masters):
                 self._check_names()
             self._raise_fatal()
-            if not waiting.wait():
+            if self.is_stopped or not waiting.wait():
                 raise self._quorum_error()
             yield number
 

@@ -163,6 +163,7 @@ class Repairs:
 
     def __init__(self, make_ensemble: Callable[[], Ensemble]) -> None:
         self._make = make_ensemble
+        self._ensemble: Ensemble | None = None
         self._wanted: set[int] = set()
         self._thread: threading.Thread | None = None
         self._stopped = False
@@ -178,11 +179,13 @@ class Repairs:
             self._thread.start()
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Begin nothing more, and give up what is being tried."""
         self._stopped = True
+        if self._ensemble is not None:
+            self._ensemble.is_stopped = True
 
     def _work(self) -> None:
-        ensemble = self._make()
+        ensemble = self._ensemble = self._make()
         try:
             while self._wanted and not self._stopped:
                 index = next(iter(self._wanted))
@@ -196,6 +199,7 @@ class Repairs:
                 else:
                     time.sleep(_PAUSE)
         finally:
+            self._ensemble = None
             ensemble.close()
 
 

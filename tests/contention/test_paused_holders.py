@@ -74,6 +74,7 @@ def _hold(url: str, name: str, folder: Path, rounds: int, sent: int) -> None:
     storage = RedisLockedStorage(url)
     study_id = storage.get_study_id_from_name(name)
     masters = cast("Ensemble", storage._node)
+    masters._spacing.opens = False  # who shares a ballot holds no turn
     sleeper = _Sleeper(masters, sent)
     for at in range(rounds):
         wait_until((folder / f"go{at}").exists, "told to begin", 300.0)
