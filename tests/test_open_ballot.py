@@ -24,6 +24,10 @@ def masters(request: pytest.FixtureRequest) -> Iterator[Masters]:
         yield masters
 
 
+def _dies(self: OpenBallot, *args: object) -> bool:
+    raise KeyboardInterrupt
+
+
 class Two:
     """Two workers that have found each other at work on a study.
 
@@ -47,6 +51,13 @@ class Two:
         """One trial each."""
         for storage in self.storages:
             self.numbers.append(storage.create_new_trial(self.study) & 0xFFFFFFFF)
+
+    def create_without_passing_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A trial of the first one, which dies when only the sequencer has it."""
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenBallot, "pass_on", _dies)
+            with pytest.raises(KeyboardInterrupt):
+                self.storages[0].create_new_trial(self.study)
 
     def object(self, at: int) -> _Object:
         """What one knows of the study."""
@@ -110,17 +121,10 @@ def test_who_is_alone_again_has_a_ballot_of_its_own(
     two.check(masters)
 
 
-def _dies(self: OpenBallot, *args: object) -> bool:
-    raise KeyboardInterrupt
-
-
 def test_what_a_dead_client_has_not_passed_on_is_passed_on_by_the_next(
     masters: Masters, two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(OpenBallot, "pass_on", _dies)
-        with pytest.raises(KeyboardInterrupt):
-            two.storages[0].create_new_trial(two.study)
+    two.create_without_passing_on(monkeypatch)
     assert two.storages[1].create_new_trial(two.study) & 0xFFFFFFFF == len(two.numbers) + 1
     assert two.storages[1].get_n_trials(two.study) == len(two.numbers) + 2
     two.check(masters)
@@ -130,10 +134,7 @@ def test_what_only_the_first_master_has_run_is_not_seen_and_may_be_lost_with_it(
     masters: Masters, two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was not acknowledged. What is acknowledged after the loss has its number."""
-    with monkeypatch.context() as patch:
-        patch.setattr(OpenBallot, "pass_on", _dies)
-        with pytest.raises(KeyboardInterrupt):
-            two.storages[0].create_new_trial(two.study)
+    two.create_without_passing_on(monkeypatch)
     with RedisLockedStorage(masters.url) as storage:
         assert storage.get_n_trials(two.study) == len(two.numbers)
     masters.kill(two.first)
@@ -269,10 +270,7 @@ def test_what_a_majority_alone_disagrees_about_is_read_without_a_turn(
     """One master is away, and one of the others lacks what was not passed on."""
     masters.kill(next(index for index in range(3) if index != two.first))
     two.create()
-    with monkeypatch.context() as patch:
-        patch.setattr(OpenBallot, "pass_on", _dies)
-        with pytest.raises(KeyboardInterrupt):
-            two.storages[0].create_new_trial(two.study)
+    two.create_without_passing_on(monkeypatch)
     assert all(two.object(at).opened for at in range(2))
     votes.clear()
     sections: list[str] = []
